@@ -1,0 +1,439 @@
+//! The breaker's state machine: plain data and sequential steps. The time is an argument, a step returns what happened, and
+//! whoever holds the machine tells the world.
+
+use super::{
+    config::Settings,
+    window::{FailureTimes, RateWindow, Tally},
+};
+use crate::{
+    clock::{Timestamp, nanos},
+    permit::{Outcome, Verdict},
+    rejected::Reason,
+    state::{Override, State, StateTransitions},
+};
+use std::{
+    collections::BTreeSet,
+    hash::{BuildHasher, RandomState},
+    num::NonZeroU64,
+    time::Duration,
+};
+
+/// A probe's place, until it ends or its lease does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Lease {
+    pub(super) end: Timestamp,
+    id: NonZeroU64,
+}
+
+/// Why not, and how long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub(super) reason: Reason,
+    pub(super) until: Option<Timestamp>,
+}
+
+/// A move that the machine made by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Transition {
+    pub(super) from: State,
+    pub(super) to: State,
+    pub(super) generation: u64,
+    pub(super) at: Timestamp,
+}
+
+/// An ended call, as the machine needs to know it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ended {
+    pub(super) generation: u64,
+    pub(super) verdict: Verdict,
+    pub(super) slow: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Closed,
+    Open { until: Timestamp },
+    HalfOpen { successes: u32 },
+}
+
+/// What readers see: the machine as the next mutator would find it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct View {
+    pub(super) state: State,
+    pub(super) forced: Option<Override>,
+    pub(super) generation: u64,
+    pub(super) refusal: Option<Refusal>,
+    pub(super) failure_count: u64,
+    pub(super) success_count: u32,
+    pub(super) probes: usize,
+    pub(super) window: Option<Tally>,
+    pub(super) minimum_calls: u64,
+    pub(super) transitions: StateTransitions,
+    pub(super) since: Timestamp,
+}
+
+#[derive(Debug)]
+pub(super) struct Machine {
+    settings: Settings,
+    mode: Mode,
+    forced: Option<Override>,
+    generation: u64,
+    /// When the generation's state began.
+    since: Timestamp,
+    consecutive: u32,
+    times: Option<FailureTimes>,
+    window: Option<RateWindow>,
+    /// Running probes with their leases, of every generation: a slot is taken as long as its probe may be in the service.
+    probes: BTreeSet<Lease>,
+    last_probe: u64,
+    /// Trips since the circuit was last closed.
+    trips: u32,
+    random: u64,
+    transitions: StateTransitions,
+}
+
+impl Machine {
+    pub(super) fn new(settings: Settings, now: Timestamp) -> Self {
+        Self {
+            mode: Mode::Closed,
+            forced: None,
+            generation: 1,
+            since: now,
+            consecutive: 0,
+            times: new_times(&settings),
+            window: settings.window.map(RateWindow::new),
+            probes: BTreeSet::new(),
+            last_probe: 0,
+            trips: 0,
+            random: seed(&settings),
+            transitions: StateTransitions::default(),
+            settings,
+        }
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(super) fn forced(&self) -> Option<Override> {
+        self.forced
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The state as last written: a due transition is not projected.
+    pub(super) fn state(&self) -> State {
+        match (self.forced, self.mode) {
+            (Some(Override::ForcedOpen), _) | (None, Mode::Open { .. }) => State::Open,
+            (Some(Override::ForcedClosed | Override::Disabled), _) | (None, Mode::Closed) => State::Closed,
+            (None, Mode::HalfOpen { .. }) => State::HalfOpen,
+        }
+    }
+
+    /// Whether a quick success in a closed circuit would change nothing.
+    pub(super) fn is_clean(&self) -> bool {
+        self.consecutive == 0 && self.window.as_ref().is_none_or(RateWindow::is_clean)
+    }
+
+    /// Until when every acquire is refused, if that is so: the end of the open time, or of the first lease of a full set.
+    pub(super) fn refused_until(&self) -> Option<Timestamp> {
+        match self.mode {
+            _ if self.forced.is_some() => None,
+            Mode::Closed => None,
+            Mode::Open { until } => Some(until),
+            Mode::HalfOpen { .. } if self.probes.len() < self.settings.half_open_max_calls => None,
+            Mode::HalfOpen { .. } => self.first_lease_end(),
+        }
+    }
+
+    /// When enough leases have ended for one more probe. More may run than are allowed, after a reconfiguration.
+    fn first_lease_end(&self) -> Option<Timestamp> {
+        let surplus = self.probes.len().checked_sub(self.settings.half_open_max_calls)?;
+        self.probes.iter().nth(surplus).map(|lease| lease.end)
+    }
+
+    /// Makes a due transition real.
+    pub(super) fn advance(&mut self, now: Timestamp) -> Option<Transition> {
+        match self.mode {
+            Mode::Open { until } if self.forced.is_none() && until <= now => {
+                self.transitions.open_to_half_open += 1;
+                Some(self.enter(Mode::HalfOpen { successes: 0 }, until))
+            }
+            _ => None,
+        }
+    }
+
+    /// Takes a probe's slot, or refuses. Only a half-open circuit asks; the others admit or refuse without a trace.
+    /// The caller has made a due transition real.
+    pub(super) fn acquire(&mut self, now: Timestamp) -> Result<Option<Lease>, Refusal> {
+        match (self.forced, self.mode) {
+            (Some(Override::ForcedOpen), _) => Err(Refusal {
+                reason: Reason::ForcedOpen,
+                until: None,
+            }),
+            (Some(Override::ForcedClosed | Override::Disabled), _) | (None, Mode::Closed) => Ok(None),
+            (None, Mode::Open { until }) => Err(Refusal {
+                reason: Reason::Open,
+                until: Some(until),
+            }),
+            (None, Mode::HalfOpen { .. }) => {
+                while self.probes.first().is_some_and(|lease| lease.end <= now) {
+                    self.probes.pop_first();
+                }
+                if let Some(until) = self.first_lease_end() {
+                    return Err(Refusal {
+                        reason: Reason::HalfOpenFull,
+                        until: Some(until),
+                    });
+                }
+                self.last_probe += 1;
+                let lease = Lease {
+                    end: now.saturating_add(self.settings.probe_lease),
+                    id: NonZeroU64::new(self.last_probe).unwrap_or(NonZeroU64::MAX),
+                };
+                self.probes.insert(lease);
+                Ok(Some(lease))
+            }
+        }
+    }
+
+    /// Whether the lease still holds its slot.
+    pub(super) fn holds(&self, lease: Lease, now: Timestamp) -> bool {
+        now < lease.end && self.probes.contains(&lease)
+    }
+
+    /// Frees a probe's slot, whatever generation it was taken in.
+    pub(super) fn release(&mut self, lease: Lease) {
+        self.probes.remove(&lease);
+    }
+
+    /// Records how a call ended. The result of a call begun in an earlier generation moves nothing.
+    pub(super) fn record(&mut self, ended: Ended, now: Timestamp) -> Option<Transition> {
+        if ended.generation != self.generation || self.forced == Some(Override::Disabled) {
+            return None;
+        }
+        let failed = match ended.verdict.outcome {
+            Outcome::Success => false,
+            Outcome::Failure => true,
+            // A cancelled call that was slow already says one thing: slow.
+            Outcome::Ignored if ended.slow => false,
+            Outcome::Ignored => return None,
+        };
+        match self.mode {
+            Mode::Closed => self.record_closed(failed, ended, now),
+            Mode::HalfOpen { .. } if failed || ended.slow => {
+                self.transitions.half_open_to_open += 1;
+                Some(self.open(ended.verdict.retry_after, now))
+            }
+            Mode::HalfOpen { successes } if successes + 1 < self.settings.success_threshold => {
+                self.mode = Mode::HalfOpen {
+                    successes: successes + 1,
+                };
+                None
+            }
+            Mode::HalfOpen { .. } => {
+                self.transitions.half_open_to_closed += 1;
+                self.trips = 0;
+                self.clear_windows();
+                Some(self.enter(Mode::Closed, now))
+            }
+            // No call begins while the circuit is open.
+            Mode::Open { .. } => None,
+        }
+    }
+
+    fn record_closed(&mut self, failed: bool, ended: Ended, now: Timestamp) -> Option<Transition> {
+        // Ignored but slow is no success: it leaves a run of failures alone.
+        if failed {
+            self.consecutive = self.consecutive.saturating_add(1);
+        } else if ended.verdict.outcome == Outcome::Success {
+            self.consecutive = 0;
+        }
+        if let Some(times) = &mut self.times
+            && failed
+        {
+            times.record(now);
+        }
+        if let Some(window) = &mut self.window {
+            window.record(failed, ended.slow, now);
+        }
+        if self.forced.is_some() || !self.is_tripping(now) {
+            return None;
+        }
+        self.transitions.closed_to_open += 1;
+        Some(self.open(ended.verdict.retry_after, now))
+    }
+
+    fn is_tripping(&self, now: Timestamp) -> bool {
+        let settings = &self.settings;
+        let consecutive = settings.failure_threshold.is_some_and(|most| self.consecutive >= most);
+        if consecutive || self.times.as_ref().is_some_and(|times| times.is_tripping(now)) {
+            return true;
+        }
+        let Some(tally) = self.window.as_ref().map(|window| window.tally(now)) else {
+            return false;
+        };
+        let reached = |rate: Option<f64>, most: Option<f64>| rate.zip(most).is_some_and(|(rate, most)| rate >= most);
+        tally.calls >= settings.minimum_calls
+            && (reached(tally.failure_rate(), settings.failure_rate)
+                || reached(tally.slow_rate(), settings.slow_calls.map(|(rate, _)| rate)))
+    }
+
+    /// Opens: for the configured time, or for as long as the service asked.
+    fn open(&mut self, asked: Option<Duration>, now: Timestamp) -> Transition {
+        self.trips = self.trips.saturating_add(1);
+        let own = self.open_time();
+        let asked = asked.zip(self.settings.honor_retry_after);
+        let open = asked.map_or(own, |(wait, cap)| own.max(nanos(wait).min(cap)));
+        let until = now.saturating_add(Duration::from_nanos(open));
+        self.enter(Mode::Open { until }, now)
+    }
+
+    fn open_time(&mut self) -> u64 {
+        let Some(backoff) = self.settings.backoff else {
+            return self.settings.recovery_timeout;
+        };
+        let exponent = i32::try_from(self.trips.saturating_sub(1)).unwrap_or(i32::MAX);
+        let grown = self.settings.recovery_timeout as f64 * backoff.multiplier.powi(exponent);
+        let full = to_nanos(grown).min(nanos(backoff.max));
+        let share = backoff.jitter * self.next_random();
+        full.saturating_sub(to_nanos(full as f64 * share)).max(1)
+    }
+
+    /// A number in [0, 1): splitmix64 (Steele, Lea and Flood, 2014), which is enough to keep clients apart.
+    fn next_random(&mut self) -> f64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.random;
+        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^= mixed >> 31;
+        (mixed >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    fn enter(&mut self, mode: Mode, at: Timestamp) -> Transition {
+        let from = self.state();
+        self.mode = mode;
+        self.begin_generation(at);
+        Transition {
+            from,
+            to: self.state(),
+            generation: self.generation,
+            at,
+        }
+    }
+
+    fn begin_generation(&mut self, at: Timestamp) {
+        self.generation += 1;
+        self.since = at;
+    }
+
+    fn clear_windows(&mut self) {
+        self.consecutive = 0;
+        self.times = new_times(&self.settings);
+        self.window = self.settings.window.map(RateWindow::new);
+    }
+
+    pub(super) fn force(&mut self, forced: Override, now: Timestamp) {
+        self.forced = Some(forced);
+        self.mode = Mode::Closed;
+        self.trips = 0;
+        self.begin_generation(now);
+    }
+
+    pub(super) fn reset(&mut self, now: Timestamp) {
+        self.forced = None;
+        self.mode = Mode::Closed;
+        self.trips = 0;
+        self.clear_windows();
+        self.begin_generation(now);
+    }
+
+    /// Takes other settings and keeps what means the same under them: the state (an open circuit keeps its due instant, running
+    /// probes their leases), the latest calls of a window, a run of failures.
+    pub(super) fn reconfigure(&mut self, settings: Settings, now: Timestamp) {
+        self.times = match (self.times.take(), settings.failures_within) {
+            (Some(times), Some((failures, period))) => Some(times.resize(failures, period)),
+            _ => new_times(&settings),
+        };
+        self.window = match (self.window.take(), settings.window) {
+            (Some(window), Some(kind)) => Some(window.resize(kind, now)),
+            (_, kind) => kind.map(RateWindow::new),
+        };
+        let seed_of = |settings: &Settings| settings.backoff.and_then(|backoff| backoff.seed);
+        if seed_of(&settings) != seed_of(&self.settings) {
+            self.random = seed(&settings);
+        }
+        self.settings = settings;
+        self.generation += 1;
+    }
+
+    pub(super) fn view(&self, now: Timestamp) -> View {
+        let mut view = View {
+            state: self.state(),
+            forced: self.forced,
+            generation: self.generation,
+            refusal: None,
+            failure_count: 0,
+            success_count: 0,
+            probes: self.probes.iter().filter(|lease| now < lease.end).count(),
+            window: None,
+            minimum_calls: self.settings.minimum_calls,
+            transitions: self.transitions,
+            since: self.since,
+        };
+        if let Mode::Open { until } = self.mode
+            && self.forced.is_none()
+            && until <= now
+        {
+            view.state = State::HalfOpen;
+            view.generation += 1;
+            view.transitions.open_to_half_open += 1;
+            view.since = until;
+        }
+        let refuse = |reason, until| Some(Refusal { reason, until });
+        view.refusal = match (self.forced, view.state) {
+            (Some(Override::ForcedOpen), _) => refuse(Reason::ForcedOpen, None),
+            (_, State::Open) => refuse(Reason::Open, self.refused_until()),
+            (_, State::HalfOpen) if view.probes >= self.settings.half_open_max_calls => {
+                let free = view.probes - self.settings.half_open_max_calls;
+                let live = self.probes.iter().filter(|lease| now < lease.end);
+                refuse(Reason::HalfOpenFull, live.map(|lease| lease.end).nth(free))
+            }
+            _ => None,
+        };
+        if let Mode::HalfOpen { successes } = self.mode {
+            view.success_count = successes;
+        }
+        view.window = self.window.as_ref().map(|window| window.tally(now));
+        view.failure_count = match (&self.settings.failure_threshold, &self.times, view.window) {
+            (Some(_), ..) => self.consecutive.into(),
+            (None, Some(times), _) => times.within(now) as u64,
+            (None, None, window) => window.map_or(0, |tally| tally.failures),
+        };
+        view
+    }
+}
+
+fn new_times(settings: &Settings) -> Option<FailureTimes> {
+    settings
+        .failures_within
+        .map(|(failures, period)| FailureTimes::new(failures, period))
+}
+
+fn seed(settings: &Settings) -> u64 {
+    let chosen = settings.backoff.and_then(|backoff| backoff.seed);
+    // The standard library keys every hasher differently: a seed of its own for each breaker.
+    chosen.unwrap_or_else(|| RandomState::new().hash_one(()))
+}
+
+/// Saturating, as float casts are.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a length of time: saturates, never negative"
+)]
+fn to_nanos(nanos: f64) -> u64 {
+    nanos as u64
+}

@@ -1,0 +1,270 @@
+//! What a closed circuit remembers of its calls. Plain data: the caller brings the time and the lock.
+
+use super::config::WindowKind;
+use crate::clock::{Timestamp, nanos};
+use std::{collections::VecDeque, time::Duration};
+
+/// Calls by what they were.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    pub(super) calls: u64,
+    pub(super) failures: u64,
+    pub(super) slow: u64,
+}
+
+impl Tally {
+    fn of(failed: bool, slow: bool) -> Self {
+        Self {
+            calls: 1,
+            failures: failed.into(),
+            slow: slow.into(),
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.calls += other.calls;
+        self.failures += other.failures;
+        self.slow += other.slow;
+    }
+
+    fn remove(&mut self, other: Self) {
+        self.calls -= other.calls;
+        self.failures -= other.failures;
+        self.slow -= other.slow;
+    }
+
+    fn ratio(part: u64, calls: u64) -> Option<f64> {
+        // A division rounds correctly: 3 of 30 is the same number as the literal 0.1, where 0.1 × 30 is more than 3.
+        (calls > 0).then(|| part as f64 / calls as f64)
+    }
+
+    pub(super) fn failure_rate(&self) -> Option<f64> {
+        Self::ratio(self.failures, self.calls)
+    }
+
+    pub(super) fn slow_rate(&self) -> Option<f64> {
+        Self::ratio(self.slow, self.calls)
+    }
+}
+
+/// The window over which rates are taken.
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one a breaker, and read on every call: no pointer to follow"
+)]
+pub(super) enum RateWindow {
+    Calls(CountWindow),
+    Time(TimeWindow),
+}
+
+impl RateWindow {
+    pub(super) fn new(kind: WindowKind) -> Self {
+        match kind {
+            WindowKind::Calls(calls) => Self::Calls(CountWindow::new(calls)),
+            WindowKind::Time(period) => Self::Time(TimeWindow::new(period)),
+        }
+    }
+
+    pub(super) fn record(&mut self, failed: bool, slow: bool, now: Timestamp) {
+        match self {
+            Self::Calls(window) => window.record(failed, slow),
+            Self::Time(window) => window.record(Tally::of(failed, slow), now),
+        }
+    }
+
+    pub(super) fn tally(&self, now: Timestamp) -> Tally {
+        match self {
+            Self::Calls(window) => window.tally,
+            Self::Time(window) => window.tally(now),
+        }
+    }
+
+    /// Whether one more success would leave the window as it is, so that it need not be recorded.
+    pub(super) fn is_clean(&self) -> bool {
+        match self {
+            Self::Calls(window) => {
+                window.tally.calls == u64::from(window.size) && window.tally.failures == 0 && window.tally.slow == 0
+            }
+            Self::Time(_) => false,
+        }
+    }
+
+    /// The same calls in a window of another size; between calls and time nothing carries over.
+    pub(super) fn resize(self, kind: WindowKind, now: Timestamp) -> Self {
+        match (self, kind) {
+            (Self::Calls(window), WindowKind::Calls(calls)) => Self::Calls(window.resize(calls)),
+            (Self::Time(window), WindowKind::Time(period)) => Self::Time(window.resize(period, now)),
+            _ => Self::new(kind),
+        }
+    }
+}
+
+/// The last N calls: a ring with two bits a call.
+#[derive(Debug)]
+pub(super) struct CountWindow {
+    size: u32,
+    next: u32,
+    failed: Vec<u64>,
+    slow: Vec<u64>,
+    tally: Tally,
+}
+
+impl CountWindow {
+    fn new(size: u32) -> Self {
+        let words = size.div_ceil(64) as usize;
+        Self {
+            size,
+            next: 0,
+            failed: vec![0; words],
+            slow: vec![0; words],
+            tally: Tally::default(),
+        }
+    }
+
+    fn get(&self, at: u32) -> (bool, bool) {
+        let (word, bit) = ((at / 64) as usize, at % 64);
+        (self.failed[word] >> bit & 1 == 1, self.slow[word] >> bit & 1 == 1)
+    }
+
+    fn record(&mut self, failed: bool, slow: bool) {
+        let (word, bit) = ((self.next / 64) as usize, self.next % 64);
+        if self.tally.calls == u64::from(self.size) {
+            let (failed, slow) = self.get(self.next);
+            self.tally.remove(Tally::of(failed, slow));
+        }
+        self.tally.add(Tally::of(failed, slow));
+        self.failed[word] = self.failed[word] & !(1 << bit) | u64::from(failed) << bit;
+        self.slow[word] = self.slow[word] & !(1 << bit) | u64::from(slow) << bit;
+        self.next = (self.next + 1) % self.size;
+    }
+
+    fn resize(self, size: u32) -> Self {
+        if size == self.size {
+            return self;
+        }
+        let mut resized = Self::new(size);
+        let kept = u32::try_from(self.tally.calls).unwrap_or(u32::MAX);
+        for back in (1..=kept.min(size)).rev() {
+            let at = u64::from(self.next) + u64::from(self.size) - u64::from(back);
+            let (failed, slow) = self.get(u32::try_from(at % u64::from(self.size)).unwrap_or(0));
+            resized.record(failed, slow);
+        }
+        resized
+    }
+}
+
+const BUCKETS: usize = 10;
+
+/// The calls of the last T seconds, in ten buckets of which each counts for one tenth of the time.
+#[derive(Debug)]
+pub(super) struct TimeWindow {
+    width: u64,
+    buckets: [Bucket; BUCKETS],
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Bucket {
+    /// Which tenth since the clock's zero this bucket counts for.
+    number: u64,
+    tally: Tally,
+}
+
+impl TimeWindow {
+    fn new(period: Duration) -> Self {
+        Self {
+            width: nanos(period).div_ceil(BUCKETS as u64),
+            buckets: [Bucket::default(); BUCKETS],
+        }
+    }
+
+    fn record(&mut self, tally: Tally, now: Timestamp) {
+        let number = now.nanos() / self.width;
+        let at = usize::try_from(number % BUCKETS as u64).unwrap_or_default();
+        let bucket = &mut self.buckets[at];
+        if bucket.number < number {
+            *bucket = Bucket {
+                number,
+                tally: Tally::default(),
+            };
+        }
+        // A thread so far behind that its bucket has been reused reports what no longer counts.
+        if bucket.number == number {
+            bucket.tally.add(tally);
+        }
+    }
+
+    fn live(&self, now: Timestamp) -> impl Iterator<Item = &Bucket> {
+        let newest = now.nanos() / self.width;
+        // Buckets ahead of a thread that lies behind count as well.
+        self.buckets
+            .iter()
+            .filter(move |bucket| bucket.number + BUCKETS as u64 > newest)
+    }
+
+    fn tally(&self, now: Timestamp) -> Tally {
+        let mut sum = Tally::default();
+        self.live(now).for_each(|bucket| sum.add(bucket.tally));
+        sum
+    }
+
+    fn resize(self, period: Duration, now: Timestamp) -> Self {
+        let mut resized = Self::new(period);
+        if resized.width == self.width {
+            return self;
+        }
+        let mut kept: Vec<&Bucket> = self.live(now).collect();
+        kept.sort_unstable_by_key(|bucket| bucket.number);
+        for bucket in kept {
+            let start = Timestamp::from_nanos(bucket.number.saturating_mul(self.width));
+            resized.record(bucket.tally, start);
+        }
+        resized
+    }
+}
+
+/// The times of the last few failures: trips when the oldest of them is recent.
+#[derive(Debug)]
+pub(super) struct FailureTimes {
+    times: VecDeque<Timestamp>,
+    most: usize,
+    period: u64,
+}
+
+impl FailureTimes {
+    pub(super) fn new(failures: u32, period: u64) -> Self {
+        Self {
+            times: VecDeque::new(),
+            most: failures as usize,
+            period,
+        }
+    }
+
+    pub(super) fn record(&mut self, now: Timestamp) {
+        if self.times.len() == self.most {
+            self.times.pop_front();
+        }
+        // In order, also when a thread that lies behind reports late.
+        let after = self.times.partition_point(|time| *time <= now);
+        self.times.insert(after, now);
+    }
+
+    /// How many failures lie within the period that ends now.
+    pub(super) fn within(&self, now: Timestamp) -> usize {
+        let old = |time: &Timestamp| now.nanos().saturating_sub(time.nanos()) >= self.period;
+        self.times.len() - self.times.partition_point(old)
+    }
+
+    pub(super) fn is_tripping(&self, now: Timestamp) -> bool {
+        self.within(now) >= self.most
+    }
+
+    pub(super) fn resize(mut self, failures: u32, period: u64) -> Self {
+        let surplus = self.times.len().saturating_sub(failures as usize);
+        self.times.drain(..surplus);
+        Self {
+            times: self.times,
+            ..Self::new(failures, period)
+        }
+    }
+}

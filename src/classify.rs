@@ -1,0 +1,148 @@
+//! What counts as a failure: the classifier of a [`GuardLayer`](crate::GuardLayer) turns a call's result into a
+//! [`Verdict`].
+//!
+//! - by default ([`ErrorsAreFailures`]) every error is a failure, except a rejection by another portcullis layer;
+//! - a closure over `&Result<Response, Error>` ([`GuardLayer::classify`](crate::GuardLayer::classify)) says what it likes;
+//! - a closure over `&Error` ([`GuardLayer::classify_error`](crate::GuardLayer::classify_error)) says which errors count.
+
+use crate::{
+    clock::Reading,
+    permit::{Outcome, Permit, Verdict},
+    sealed::Sealed,
+};
+
+/// Judges how a call ended. Sees the request before it goes out and the result when it is there; may keep the permit in the
+/// response and settle it later.
+///
+/// Sealed for now; closures and [`ErrorsAreFailures`] implement it.
+pub trait Classify<Req, Res, Err>: Sealed {
+    /// What is kept of the request while the call runs.
+    type Seen;
+    /// The response as it leaves: the inner one, or the inner one with the permit in it.
+    type Response<P: Permit>;
+
+    /// Looks at a request that is about to go out.
+    fn see(&self, request: &Req) -> Self::Seen;
+
+    /// Judges a result: settles the permit, or puts it into the response.
+    ///
+    /// # Errors
+    ///
+    /// The call's own error, unchanged.
+    fn finish<P: Permit>(
+        seen: Self::Seen,
+        result: Result<Res, Err>,
+        permit: P,
+        now: &Reading,
+    ) -> Result<Self::Response<P>, Err>;
+
+    /// Judges an error from `poll_ready`, for which there was no request.
+    fn unready(&self, error: Err) -> (Verdict, Err);
+}
+
+/// The default classifier: an error is a failure, and every response a success.
+///
+/// An error that carries a [`Rejected`](crate::Rejected) of another portcullis policy is ignored: a local refusal is not the
+/// service's failure. It is seen in a boxed error, an [`io::Error`](std::io::Error), an `Arc` and the like, however deep; inside
+/// an error type of your own, say so with [`classify_error`](crate::GuardLayer::classify_error) and
+/// [`Rejected::find`](crate::Rejected::find).
+///
+/// ```
+/// # use portcullis::{CircuitBreaker, CircuitBreakerLayer, ErrorsAreFailures};
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// let layer: CircuitBreakerLayer<ErrorsAreFailures> = CircuitBreakerLayer::new(breaker);
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ErrorsAreFailures;
+
+impl Sealed for ErrorsAreFailures {}
+
+impl<Req, Res, Err: 'static> Classify<Req, Res, Err> for ErrorsAreFailures {
+    type Seen = ();
+    type Response<P: Permit> = Res;
+
+    fn see(&self, _: &Req) {}
+
+    fn finish<P: Permit>((): (), result: Result<Res, Err>, permit: P, now: &Reading) -> Result<Res, Err> {
+        permit.settle(Outcome::of(&result).into(), now);
+        result
+    }
+
+    fn unready(&self, error: Err) -> (Verdict, Err) {
+        let result = Err::<(), Err>(error);
+        let verdict = Outcome::of(&result).into();
+        (verdict, error_of(result))
+    }
+}
+
+/// A classifier of the whole result: from [`GuardLayer::classify`](crate::GuardLayer::classify).
+#[derive(Debug, Clone, Copy)]
+pub struct ByResult<F>(pub(crate) F);
+
+impl<F> Sealed for ByResult<F> {}
+
+impl<F, V, Req, Res, Err> Classify<Req, Res, Err> for ByResult<F>
+where
+    F: Fn(&Result<Res, Err>) -> V + Clone,
+    V: Into<Verdict>,
+{
+    type Seen = F;
+    type Response<P: Permit> = Res;
+
+    fn see(&self, _: &Req) -> F {
+        self.0.clone()
+    }
+
+    fn finish<P: Permit>(judge: F, result: Result<Res, Err>, permit: P, now: &Reading) -> Result<Res, Err> {
+        let verdict = judge(&result).into();
+        permit.settle(verdict, now);
+        result
+    }
+
+    fn unready(&self, error: Err) -> (Verdict, Err) {
+        let result = Err(error);
+        let verdict = (self.0)(&result).into();
+        (verdict, error_of(result))
+    }
+}
+
+/// A classifier of errors alone; every response is a success. From
+/// [`GuardLayer::classify_error`](crate::GuardLayer::classify_error).
+#[derive(Debug, Clone, Copy)]
+pub struct ByError<F>(pub(crate) F);
+
+impl<F> Sealed for ByError<F> {}
+
+impl<F, V, Req, Res, Err> Classify<Req, Res, Err> for ByError<F>
+where
+    F: Fn(&Err) -> V + Clone,
+    V: Into<Verdict>,
+{
+    type Seen = F;
+    type Response<P: Permit> = Res;
+
+    fn see(&self, _: &Req) -> F {
+        self.0.clone()
+    }
+
+    fn finish<P: Permit>(judge: F, result: Result<Res, Err>, permit: P, now: &Reading) -> Result<Res, Err> {
+        let verdict = match &result {
+            Ok(_) => Outcome::Success.into(),
+            Err(error) => judge(error).into(),
+        };
+        permit.settle(verdict, now);
+        result
+    }
+
+    fn unready(&self, error: Err) -> (Verdict, Err) {
+        ((self.0)(&error).into(), error)
+    }
+}
+
+fn error_of<T, E>(result: Result<T, E>) -> E {
+    match result {
+        Ok(_) => unreachable!("made of an error"),
+        Err(error) => error,
+    }
+}

@@ -1,0 +1,355 @@
+//! The only file that reads time. Everything else is handed a [`Timestamp`].
+#![expect(clippy::disallowed_methods, reason = "this file is where the clock is read")]
+
+use pin_project_lite::pin_project;
+use std::{
+    cell::Cell,
+    collections::BTreeMap,
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+/// A point on a clock's own scale, in nanoseconds.
+///
+/// Comparable only with timestamps of the same clock. Arithmetic saturates: the scale has room for 146 years before a
+/// clock's beginning and 438 years after it.
+///
+/// ```
+/// # use portcullis::Clock;
+/// # use std::time::Duration;
+/// let clock = Clock::manual();
+/// let before = clock.now();
+/// clock.advance(Duration::from_secs(3));
+/// assert_eq!(clock.now().duration_since(before), Duration::from_secs(3));
+/// assert_eq!(before.duration_since(clock.now()), Duration::ZERO);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp(u64);
+
+impl Timestamp {
+    /// Where a clock begins. So far from zero that zero is longer ago than any setting reaches (100 years).
+    const BEGINNING: Self = Self(1 << 62);
+
+    pub(crate) const fn from_nanos(nanos: u64) -> Self {
+        Self(nanos)
+    }
+
+    pub(crate) const fn nanos(self) -> u64 {
+        self.0
+    }
+
+    /// The time from `earlier` to `self`; zero if `earlier` is in fact later.
+    #[must_use]
+    pub const fn duration_since(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+
+    /// The timestamp `duration` later.
+    #[must_use]
+    pub fn saturating_add(self, duration: Duration) -> Self {
+        Self(self.0.saturating_add(nanos(duration)))
+    }
+
+    /// The timestamp `duration` earlier.
+    #[must_use]
+    pub fn saturating_sub(self, duration: Duration) -> Self {
+        Self(self.0.saturating_sub(nanos(duration)))
+    }
+}
+
+/// A duration in nanoseconds; 584 years and more are the same.
+pub(crate) fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Where breakers, limiters and registries read the time.
+///
+/// Builders and registries take one; without it they use [`Clock::system`]. Clones are the same clock.
+///
+/// ```
+/// use portcullis::{CircuitBreaker, Clock, Outcome, State};
+/// use std::time::Duration;
+///
+/// let clock = Clock::manual();
+/// let breaker = CircuitBreaker::builder("search").clock(&clock).failure_threshold(1).build()?;
+/// breaker.try_acquire()?.settle(Outcome::Failure);
+/// assert_eq!(breaker.state(), State::Open);
+/// clock.advance(Duration::from_secs(60));
+/// assert_eq!(breaker.state(), State::HalfOpen);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct Clock(Source);
+
+#[derive(Clone)]
+enum Source {
+    System,
+    Manual(ManualClock),
+    #[cfg(feature = "fast-clock")]
+    Fast,
+}
+
+impl Clock {
+    /// Tokio's clock: monotonic time, and in a runtime whose time is paused, the paused time.
+    #[must_use]
+    pub fn system() -> Self {
+        Self(Source::System)
+    }
+
+    /// A clock that moves only when told to. Advancing it wakes whoever waits for the time it passes.
+    #[must_use]
+    pub fn manual() -> ManualClock {
+        ManualClock(Arc::new(Manual {
+            now: AtomicU64::new(Timestamp::BEGINNING.0),
+            sleepers: Mutex::default(),
+        }))
+    }
+
+    /// Time from the CPU's counter: about half the price of [`Clock::system`], blind to tokio's paused time. Waits still
+    /// use tokio's timer.
+    #[cfg(feature = "fast-clock")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "fast-clock")))]
+    #[must_use]
+    pub fn fast() -> Self {
+        fast_clock();
+        Self(Source::Fast)
+    }
+
+    /// The time now.
+    #[must_use]
+    pub fn now(&self) -> Timestamp {
+        match &self.0 {
+            Source::System => from_system(tokio::time::Instant::now()),
+            Source::Manual(manual) => manual.now(),
+            #[cfg(feature = "fast-clock")]
+            Source::Fast => {
+                let (clock, beginning) = fast_clock();
+                Timestamp::BEGINNING.saturating_add(clock.now().saturating_duration_since(*beginning))
+            }
+        }
+    }
+
+    /// A future that is ready once the clock has reached `deadline`, or a little earlier: whoever awaits it looks again.
+    pub(crate) fn sleep_until(&self, deadline: Timestamp) -> Sleep {
+        // Tokio's timer rounds up to its next millisecond; far instants overflow it.
+        const FAR: Duration = Duration::from_secs(365 * 86_400);
+        match &self.0 {
+            Source::Manual(clock) => Sleep::Manual {
+                entry: Entry {
+                    clock: clock.clone(),
+                    deadline,
+                    id: None,
+                },
+            },
+            _ => Sleep::Tokio {
+                sleep: tokio::time::sleep(deadline.duration_since(self.now()).min(FAR)),
+            },
+        }
+    }
+
+    /// Equal for clocks that always read the same, so that one reading serves them all.
+    fn id(&self) -> usize {
+        match &self.0 {
+            Source::System => 0,
+            #[cfg(feature = "fast-clock")]
+            Source::Fast => 1,
+            Source::Manual(manual) => Arc::as_ptr(&manual.0).addr(),
+        }
+    }
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self::system()
+    }
+}
+impl fmt::Debug for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match &self.0 {
+            Source::System => "Clock::system",
+            Source::Manual(_) => "Clock::manual",
+            #[cfg(feature = "fast-clock")]
+            Source::Fast => "Clock::fast",
+        })
+    }
+}
+impl From<&Clock> for Clock {
+    fn from(clock: &Clock) -> Self {
+        clock.clone()
+    }
+}
+impl From<ManualClock> for Clock {
+    fn from(clock: ManualClock) -> Self {
+        Self(Source::Manual(clock))
+    }
+}
+impl From<&ManualClock> for Clock {
+    fn from(clock: &ManualClock) -> Self {
+        clock.clone().into()
+    }
+}
+
+/// All system clocks count from one instant, so that policies built apart share a reading. A runtime paused before that
+/// instant was taken reads times before it.
+fn from_system(now: tokio::time::Instant) -> Timestamp {
+    static BEGINNING: OnceLock<std::time::Instant> = OnceLock::new();
+    let (now, beginning) = (now.into_std(), *BEGINNING.get_or_init(std::time::Instant::now));
+    match now.checked_duration_since(beginning) {
+        Some(after) => Timestamp::BEGINNING.saturating_add(after),
+        None => Timestamp::BEGINNING.saturating_sub(beginning.duration_since(now)),
+    }
+}
+
+/// Made once: calibration takes time, and `CPUID` is slow on virtual machines.
+#[cfg(feature = "fast-clock")]
+fn fast_clock() -> &'static (quanta::Clock, quanta::Instant) {
+    static CLOCK: OnceLock<(quanta::Clock, quanta::Instant)> = OnceLock::new();
+    CLOCK.get_or_init(|| {
+        let clock = quanta::Clock::new();
+        let beginning = clock.now();
+        (clock, beginning)
+    })
+}
+
+/// A clock for tests: it stands still until [`advance`](Self::advance). Made by [`Clock::manual`]; clones are the same clock.
+///
+/// ```
+/// # use portcullis::{Clock, RateLimiter, TokenBucket};
+/// # use std::time::Duration;
+/// let clock = Clock::manual();
+/// let limiter = RateLimiter::builder("search", TokenBucket::new(1, Duration::from_secs(1))).clock(&clock).build()?;
+/// limiter.try_acquire()?;
+/// assert_eq!(limiter.try_acquire().unwrap_err().retry_after, Some(Duration::from_secs(1)));
+/// clock.advance(Duration::from_secs(1));
+/// limiter.try_acquire()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct ManualClock(Arc<Manual>);
+
+struct Manual {
+    now: AtomicU64,
+    sleepers: Mutex<Sleepers>,
+}
+
+#[derive(Default)]
+struct Sleepers {
+    by_deadline: BTreeMap<(Timestamp, u64), Waker>,
+    next: u64,
+}
+
+impl ManualClock {
+    /// The time now.
+    #[must_use]
+    pub fn now(&self) -> Timestamp {
+        Timestamp(self.0.now.load(Ordering::Acquire))
+    }
+
+    /// Moves the clock forward and wakes the waits that become due, in the order of their deadlines.
+    pub fn advance(&self, by: Duration) {
+        let by = nanos(by);
+        let step = |now: u64| Some(now.saturating_add(by));
+        let before = self.0.now.fetch_update(Ordering::AcqRel, Ordering::Acquire, step);
+        let now = Timestamp(before.unwrap_or_else(|now| now).saturating_add(by));
+        let due = {
+            let mut sleepers = self.sleepers();
+            let later = sleepers.by_deadline.split_off(&(Timestamp(now.0.saturating_add(1)), 0));
+            std::mem::replace(&mut sleepers.by_deadline, later)
+        };
+        due.into_values().for_each(Waker::wake);
+    }
+
+    /// Moves the clock back: what a thread sees that read the time and was then held up.
+    pub fn rewind(&self, by: Duration) {
+        let by = nanos(by);
+        let step = |now: u64| Some(now.saturating_sub(by));
+        let _ = self.0.now.fetch_update(Ordering::AcqRel, Ordering::Acquire, step);
+    }
+
+    fn sleepers(&self) -> MutexGuard<'_, Sleepers> {
+        self.0.sleepers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for ManualClock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ManualClock").field(&self.now()).finish()
+    }
+}
+
+pin_project! {
+    /// See [`Clock::sleep_until`].
+    #[project = SleepProjection]
+    pub(crate) enum Sleep {
+        Tokio { #[pin] sleep: tokio::time::Sleep },
+        Manual { entry: Entry },
+    }
+}
+
+/// A place among the sleepers of a manual clock.
+pub(crate) struct Entry {
+    clock: ManualClock,
+    deadline: Timestamp,
+    id: Option<u64>,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.clock.sleepers().by_deadline.remove(&(self.deadline, id));
+        }
+    }
+}
+
+impl Future for Sleep {
+    type Output = ();
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let entry = match self.project() {
+            SleepProjection::Tokio { sleep } => return sleep.poll(cx),
+            SleepProjection::Manual { entry } => entry,
+        };
+        let mut sleepers = entry.clock.sleepers();
+        // Under the lock: an `advance` that this reading misses has yet to collect the sleepers.
+        if entry.clock.now() >= entry.deadline {
+            return Poll::Ready(());
+        }
+        let id = *entry.id.get_or_insert_with(|| {
+            sleepers.next += 1;
+            sleepers.next
+        });
+        sleepers.by_deadline.insert((entry.deadline, id), cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+/// One request's reading of the clock: taken when first asked for, then shared by every policy on the same clock.
+#[derive(Debug, Default)]
+pub struct Reading(Cell<Option<(usize, Timestamp)>>);
+
+impl Reading {
+    /// A reading not taken yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The time on `clock`, read now or earlier in this request.
+    pub fn at(&self, clock: &Clock) -> Timestamp {
+        let id = clock.id();
+        match self.0.get() {
+            Some((of, now)) if of == id => now,
+            _ => {
+                let now = clock.now();
+                self.0.set(Some((id, now)));
+                now
+            }
+        }
+    }
+}

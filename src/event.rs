@@ -1,0 +1,398 @@
+use crate::{
+    clock::Timestamp,
+    name::Name,
+    rejected::Rejected,
+    state::{Override, State},
+};
+use std::{
+    collections::VecDeque,
+    fmt,
+    future::poll_fn,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, Waker},
+};
+
+/// Something that happened to a breaker or a limiter.
+///
+/// Listeners are registered with `on_event` on a [`CircuitBreaker`](crate::CircuitBreaker), a
+/// [`RateLimiter`](crate::RateLimiter) or a whole [`Registry`](crate::Registry). They run inline, on the thread on which it
+/// happened, after the state has changed and outside every lock: one that blocks holds up its own caller and nobody else; one
+/// that panics is caught, and the others still run. Two threads may deliver their events in either order; the generation
+/// tells which came first. For work that takes time there is `subscribe`, a bounded queue.
+///
+/// ```
+/// use portcullis::{CircuitBreaker, EventKind, Outcome, State};
+/// use std::sync::{Arc, Mutex};
+///
+/// let breaker = CircuitBreaker::builder("search").failure_threshold(1).build()?;
+/// let seen = Arc::new(Mutex::new(Vec::new()));
+/// breaker.on_event({
+///     let seen = seen.clone();
+///     move |event| {
+///         if let EventKind::Transition { from, to, .. } = event.kind {
+///             seen.lock().unwrap().push((from, to));
+///         }
+///     }
+/// });
+/// breaker.try_acquire()?.settle(Outcome::Failure);
+/// assert_eq!(*seen.lock().unwrap(), [(State::Closed, State::Open)]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Event {
+    /// The service it happened to.
+    pub service: Name,
+    /// The rate limit it happened to; `None` for the circuit breaker.
+    pub limit: Option<Name>,
+    /// When, on the clock of the breaker or limiter. A transition that became due earlier than it was noticed carries the due
+    /// instant.
+    pub at: Timestamp,
+    /// What.
+    pub kind: EventKind,
+}
+
+/// What happened.
+///
+/// ```
+/// # use portcullis::{CircuitBreaker, EventKind};
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// let mut events = breaker.subscribe(8);
+/// breaker.force_open();
+/// assert!(matches!(events.try_recv().unwrap().kind, EventKind::Overridden { .. }));
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum EventKind {
+    /// The circuit moved by itself.
+    Transition {
+        /// The state it left.
+        from: State,
+        /// The state it entered.
+        to: State,
+        /// The generation that began with it.
+        generation: u64,
+    },
+    /// A call was rejected.
+    Rejected(Rejected),
+    /// An operator forced the circuit.
+    Overridden {
+        /// Into what.
+        into: Override,
+        /// The generation that began with it.
+        generation: u64,
+    },
+    /// An operator reset the circuit: it is closed, its windows empty.
+    Reset {
+        /// The generation that began with it.
+        generation: u64,
+    },
+    /// The circuit was given another config.
+    Reconfigured {
+        /// The generation that began with it.
+        generation: u64,
+    },
+    /// An adaptive limiter moved its rate.
+    RateChanged {
+        /// Requests per window before.
+        from: f64,
+        /// Requests per window from now on.
+        to: f64,
+    },
+}
+
+/// Names a listener, to remove it with `remove_listener`.
+///
+/// ```
+/// # use portcullis::CircuitBreaker;
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// let id = breaker.on_event(|event| println!("{event:?}"));
+/// assert!(breaker.remove_listener(id));
+/// assert!(!breaker.remove_listener(id), "it is gone");
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ListenerId(u64);
+
+/// Hears events: a closure, or the sending end of a queue.
+pub(crate) trait Listen: Send + Sync {
+    fn hear(&self, event: &Event);
+    /// Nobody reads what it hears any more.
+    fn gone(&self) -> bool {
+        false
+    }
+}
+
+impl<F: Fn(&Event) + Send + Sync> Listen for F {
+    fn hear(&self, event: &Event) {
+        self(event);
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct Listener {
+    pub(crate) id: ListenerId,
+    listen: Arc<dyn Listen>,
+}
+
+impl Listener {
+    pub(crate) fn new(listen: impl Listen + 'static) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self {
+            id: ListenerId(NEXT.fetch_add(1, Ordering::Relaxed)),
+            listen: Arc::new(listen),
+        }
+    }
+
+    /// Whether nobody hears it any more.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.listen.gone()
+    }
+}
+
+/// The listeners of one breaker or limiter.
+#[derive(Default)]
+pub(crate) struct Hub {
+    /// How many there are, so that nobody pays for events that nobody hears.
+    count: AtomicUsize,
+    listeners: RwLock<Arc<[Listener]>>,
+}
+
+impl Hub {
+    pub(crate) fn add(&self, listener: Listener) {
+        self.change(|listeners| listeners.push(listener));
+    }
+
+    /// Whether it was there.
+    pub(crate) fn remove(&self, id: ListenerId) -> bool {
+        let mut found = false;
+        self.change(|listeners| {
+            listeners.retain(|listener| {
+                found |= listener.id == id;
+                listener.id != id
+            });
+        });
+        found
+    }
+
+    fn change(&self, edit: impl FnOnce(&mut Vec<Listener>)) {
+        let mut shared = self.listeners.write().unwrap_or_else(PoisonError::into_inner);
+        let mut listeners = shared.to_vec();
+        edit(&mut listeners);
+        listeners.retain(|listener| !listener.is_gone());
+        self.count.store(listeners.len(), Ordering::Release);
+        let before = std::mem::replace(&mut *shared, listeners.into());
+        drop(shared);
+        // Outside the lock: the last reference to a listener runs its captures' destructors.
+        drop(before);
+    }
+
+    /// Tells every listener. `event` is made only if there is somebody to tell.
+    pub(crate) fn emit(&self, event: impl FnOnce() -> Event) {
+        if cfg!(not(feature = "tracing")) && self.count.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let event = event();
+        #[cfg(feature = "tracing")]
+        trace(&event);
+        let listeners = self.listeners.read().unwrap_or_else(PoisonError::into_inner).clone();
+        for listener in &*listeners {
+            // A listener's panic is its own affair: the caller asked for a permit, not for its bookkeeping.
+            let _ = catch_unwind(AssertUnwindSafe(|| listener.listen.hear(&event)));
+        }
+        if listeners.iter().any(Listener::is_gone) {
+            self.change(|_| ());
+        }
+    }
+}
+
+#[cfg(feature = "tracing")]
+fn trace(event: &Event) {
+    let Event {
+        service, limit, kind, ..
+    } = event;
+    let limit = limit.as_deref();
+    match kind {
+        EventKind::Transition { from, to, generation } => {
+            let (from, to) = (from.as_str(), to.as_str());
+            if to == State::Open.as_str() {
+                tracing::warn!(
+                    service = service.as_str(),
+                    from,
+                    to,
+                    generation,
+                    "circuit breaker transition"
+                );
+            } else {
+                tracing::info!(
+                    service = service.as_str(),
+                    from,
+                    to,
+                    generation,
+                    "circuit breaker transition"
+                );
+            }
+        }
+        EventKind::Rejected(why) => tracing::debug!(
+            service = service.as_str(),
+            limit,
+            reason = why.reason.as_str(),
+            retry_after = why.retry_after.map(|wait| wait.as_secs_f64()),
+            "rejected"
+        ),
+        EventKind::Overridden { into, generation } => {
+            tracing::warn!(
+                service = service.as_str(),
+                into = into.as_str(),
+                generation,
+                "circuit breaker overridden"
+            );
+        }
+        EventKind::Reset { generation } => {
+            tracing::warn!(service = service.as_str(), generation, "circuit breaker reset");
+        }
+        EventKind::Reconfigured { generation } => {
+            tracing::info!(service = service.as_str(), generation, "circuit breaker reconfigured");
+        }
+        EventKind::RateChanged { from, to } => {
+            tracing::info!(service = service.as_str(), limit, from, to, "rate limit moved");
+        }
+    }
+}
+
+/// A bounded queue of events: a slow reader loses the oldest ones, and is told how many. Dropping it ends the subscription.
+///
+/// ```
+/// # use portcullis::CircuitBreaker;
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), portcullis::ConfigError> {
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// let mut events = breaker.subscribe(2);
+/// for _ in 0..3 {
+///     breaker.reset();
+/// }
+/// assert!(events.recv().await.is_some());
+/// assert!(events.try_recv().is_some());
+/// assert!(events.try_recv().is_none());
+/// assert_eq!(events.lost(), 1);
+/// # Ok(()) }
+/// ```
+pub struct Events {
+    queue: Arc<Queue>,
+}
+
+struct Queue {
+    capacity: usize,
+    state: Mutex<QueueState>,
+}
+
+#[derive(Default)]
+struct QueueState {
+    events: VecDeque<Event>,
+    lost: u64,
+    waker: Option<Waker>,
+    /// No source is left.
+    ended: bool,
+}
+
+impl Queue {
+    fn state(&self) -> MutexGuard<'_, QueueState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The sending half: the queue ends when the last hub drops it.
+struct Sender(Weak<Queue>);
+
+impl Sender {
+    fn change(&self, edit: impl FnOnce(&mut QueueState, usize)) {
+        let Some(queue) = self.0.upgrade() else {
+            return;
+        };
+        let waker = {
+            let mut state = queue.state();
+            edit(&mut state, queue.capacity);
+            state.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl Listen for Sender {
+    fn hear(&self, event: &Event) {
+        self.change(|state, capacity| {
+            if state.events.len() == capacity {
+                state.events.pop_front();
+                state.lost += 1;
+            }
+            state.events.push_back(event.clone());
+        });
+    }
+    fn gone(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        self.change(|state, _| state.ended = true);
+    }
+}
+
+impl Events {
+    /// A queue and the listener that fills it. A capacity of zero holds one.
+    pub(crate) fn new(capacity: usize) -> (Self, Listener) {
+        let queue = Arc::new(Queue {
+            capacity: capacity.max(1),
+            state: Mutex::default(),
+        });
+        let listener = Listener::new(Sender(Arc::downgrade(&queue)));
+        (Self { queue }, listener)
+    }
+
+    /// The oldest event in the queue, if there is one.
+    pub fn try_recv(&mut self) -> Option<Event> {
+        self.queue.state().events.pop_front()
+    }
+
+    /// Waits for the next event; `None` once everything that could send one is gone. Cancel-safe: dropping the future loses
+    /// no event.
+    pub async fn recv(&mut self) -> Option<Event> {
+        poll_fn(|cx| self.poll_recv(cx)).await
+    }
+
+    /// [`recv`](Self::recv) for hand-written futures and streams.
+    pub fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+        let mut state = self.queue.state();
+        match state.events.pop_front() {
+            Some(event) => Poll::Ready(Some(event)),
+            None if state.ended => Poll::Ready(None),
+            None => {
+                state.waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    /// How many events were dropped because the queue was full.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.queue.state().lost
+    }
+}
+
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.queue.state();
+        f.debug_struct("Events")
+            .field("queued", &state.events.len())
+            .field("lost", &state.lost)
+            .finish_non_exhaustive()
+    }
+}

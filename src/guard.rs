@@ -1,0 +1,473 @@
+//! The one tower service of this crate: a [`Guard`] asks its policy, and its [`GuardLayer`] is what users configure.
+
+use crate::{
+    breaker::CircuitBreaker,
+    classify::{ByError, ByResult, Classify, ErrorsAreFailures},
+    clock::Reading,
+    limit::RateLimiter,
+    permit::{Verdict, Watch},
+    policy::{Admit, Gate, Hold, Policy, Waiting},
+    reject::{AsError, Fallback, FallbackWith, Reject},
+    rejected::Rejected,
+};
+use pin_project_lite::pin_project;
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+use tower_layer::Layer;
+use tower_service::Service;
+
+/// Guards a service with a policy: a circuit breaker, a rate limiter, or a pair of policies.
+///
+/// [`CircuitBreakerLayer`] and [`RateLimitLayer`] are this layer. Three parts, each with a default: the **policy** admits or
+/// rejects, the **classifier** says what counts as a failure ([`classify`](Self::classify)), the **rejecter** says what a
+/// rejected caller gets ([`fallback`](Self::fallback)).
+///
+/// Two policies as a pair are one layer: the clock is read once for both, each is asked before any gives, and what the first
+/// took is returned if the second refuses.
+///
+/// ```
+/// use portcullis::{CircuitBreaker, GuardLayer, RateLimiter, TokenBucket};
+/// use std::time::Duration;
+/// use tower::{ServiceBuilder, ServiceExt, service_fn};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), portcullis::BoxError> {
+/// let limiter = RateLimiter::new("search", TokenBucket::new(100, Duration::from_secs(60)))?;
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// let service = ServiceBuilder::new()
+///     .layer(GuardLayer::new((limiter, breaker)))
+///     .service(service_fn(async |question: u32| Ok::<_, std::io::Error>(question + 1)));
+/// assert_eq!(service.oneshot(41).await?, 42);
+/// # Ok(()) }
+/// ```
+///
+/// # tower's contract
+///
+/// The instance that was readied is the one that is called. State lives behind the policy's handle, so it is shared by every
+/// clone and by every service that the layer makes. A readied guard of a half-open circuit holds a probe's slot, its clones do
+/// not; dropped, it gives the slot back. While the policy refuses, the inner service is neither polled nor called. The future is
+/// not boxed and is `Send` whenever the parts are; the inner service need not be `Clone` unless the layer
+/// [waits](GuardLayer::wait).
+#[derive(Debug, Clone)]
+pub struct GuardLayer<P, C = ErrorsAreFailures, R = AsError> {
+    policy: P,
+    classify: C,
+    reject: R,
+}
+
+/// Stops calling a service that keeps failing: a [`GuardLayer`] with a [`CircuitBreaker`].
+///
+/// ```
+/// use portcullis::{CircuitBreaker, CircuitBreakerLayer, Outcome};
+/// use tower::{ServiceBuilder, ServiceExt, service_fn};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), portcullis::BoxError> {
+/// let breaker = CircuitBreaker::builder("search").failure_threshold(3).build()?;
+/// let service = ServiceBuilder::new()
+///     .layer(CircuitBreakerLayer::new(breaker).classify(|result: &Result<u16, _>| match result {
+///         Ok(status) if *status < 500 => Outcome::Success,
+///         _ => Outcome::Failure,
+///     }))
+///     .service(service_fn(async |_: ()| Ok::<u16, std::io::Error>(503)));
+/// assert_eq!(service.oneshot(()).await?, 503, "an answer that counts as a failure");
+/// # Ok(()) }
+/// ```
+pub type CircuitBreakerLayer<C = ErrorsAreFailures, R = AsError> = GuardLayer<CircuitBreaker, C, R>;
+
+/// Limits how often a service is called: a [`GuardLayer`] with a [`RateLimiter`].
+///
+/// ```
+/// use portcullis::{RateLimitLayer, RateLimiter, Rejected, TokenBucket};
+/// use std::time::Duration;
+/// use tower::{ServiceBuilder, ServiceExt, service_fn};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), portcullis::BoxError> {
+/// let limiter = RateLimiter::new("search", TokenBucket::new(1, Duration::from_secs(60)))?;
+/// let service = ServiceBuilder::new()
+///     .layer(RateLimitLayer::new(limiter))
+///     .service(service_fn(async |question: u32| Ok::<_, std::io::Error>(question + 1)));
+/// service.clone().oneshot(1).await?;
+/// let error = service.oneshot(2).await.unwrap_err();
+/// assert!(Rejected::find(&*error).unwrap().retry_after.is_some());
+/// # Ok(()) }
+/// ```
+pub type RateLimitLayer<C = ErrorsAreFailures, R = AsError> = GuardLayer<RateLimiter, C, R>;
+
+impl<P> GuardLayer<P> {
+    /// A layer with this policy, in which errors are failures and rejections are errors.
+    pub fn new(policy: P) -> Self {
+        Self {
+            policy,
+            classify: ErrorsAreFailures,
+            reject: AsError,
+        }
+    }
+}
+
+impl<P, C, R> GuardLayer<P, C, R> {
+    /// Judges results with a closure: it returns an [`Outcome`](crate::Outcome), or a [`Verdict`] with more.
+    ///
+    /// The closure also judges errors of the inner service's `poll_ready`. It must be `Clone`: each call keeps one.
+    pub fn classify<F, V, Res, Err>(self, judge: F) -> GuardLayer<P, ByResult<F>, R>
+    where
+        F: Fn(&Result<Res, Err>) -> V + Clone,
+        V: Into<Verdict>,
+    {
+        self.classify_with(ByResult(judge))
+    }
+
+    /// Judges errors with a closure; every response is a success. The seed of this crate called it `expected_exception`.
+    ///
+    /// ```
+    /// # use portcullis::{CircuitBreaker, CircuitBreakerLayer, Outcome};
+    /// # use std::io;
+    /// let breaker = CircuitBreaker::builder("files").build()?;
+    /// let layer = CircuitBreakerLayer::new(breaker).classify_error(|error: &io::Error| match error.kind() {
+    ///     io::ErrorKind::NotFound => Outcome::Ignored,
+    ///     _ => Outcome::Failure,
+    /// });
+    /// # Ok::<(), portcullis::ConfigError>(())
+    /// ```
+    pub fn classify_error<F, V, Err>(self, judge: F) -> GuardLayer<P, ByError<F>, R>
+    where
+        F: Fn(&Err) -> V + Clone,
+        V: Into<Verdict>,
+    {
+        self.classify_with(ByError(judge))
+    }
+
+    /// Judges results with a classifier type.
+    ///
+    /// ```
+    /// # use portcullis::{CircuitBreaker, CircuitBreakerLayer, ErrorsAreFailures};
+    /// # let breaker = CircuitBreaker::builder("search").build()?;
+    /// let layer = CircuitBreakerLayer::new(breaker).classify_with(ErrorsAreFailures);
+    /// # Ok::<(), portcullis::ConfigError>(())
+    /// ```
+    pub fn classify_with<C2>(self, classify: C2) -> GuardLayer<P, C2, R> {
+        GuardLayer {
+            policy: self.policy,
+            classify,
+            reject: self.reject,
+        }
+    }
+
+    /// Has another service answer rejected requests. The inner service's error type stays as it is.
+    ///
+    /// The fallback is cloned for each rejected request and may be guarded itself, and so on down to one that cannot fail.
+    ///
+    /// ```
+    /// use portcullis::{CircuitBreaker, CircuitBreakerLayer};
+    /// use tower::{ServiceBuilder, ServiceExt, service_fn};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let breaker = CircuitBreaker::builder("search").build()?;
+    /// breaker.force_open();
+    /// let cached = service_fn(async |_: &str| Ok::<_, std::io::Error>("yesterday's answer"));
+    /// let service = ServiceBuilder::new()
+    ///     .layer(CircuitBreakerLayer::new(breaker).fallback(cached))
+    ///     .service(service_fn(async |_: &str| Ok::<_, std::io::Error>("today's answer")));
+    /// assert_eq!(service.oneshot("what is new?").await?, "yesterday's answer");
+    /// # Ok(()) }
+    /// ```
+    pub fn fallback<F>(self, service: F) -> GuardLayer<P, C, Fallback<F>> {
+        self.reject_with(Fallback(service))
+    }
+
+    /// Has a closure answer rejected requests: it sees the request and the [`Rejected`], and returns a future. The inner
+    /// service's error type stays as it is.
+    ///
+    /// ```
+    /// use portcullis::{CircuitBreaker, CircuitBreakerLayer};
+    /// use tower::{ServiceBuilder, ServiceExt, service_fn};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let breaker = CircuitBreaker::builder("search").build()?;
+    /// breaker.force_open();
+    /// let service = ServiceBuilder::new()
+    ///     .layer(CircuitBreakerLayer::new(breaker).fallback_with(async |_: &str, why| Ok(why.to_string())))
+    ///     .service(service_fn(async |_: &str| Ok::<_, std::io::Error>(String::from("an answer"))));
+    /// let answer = service.oneshot("what is new?").await?;
+    /// assert_eq!(answer, r#"circuit breaker "search" is forced open"#);
+    /// # Ok(()) }
+    /// ```
+    pub fn fallback_with<F, Fut, Req>(self, answer: F) -> GuardLayer<P, C, FallbackWith<F>>
+    where
+        F: Fn(Req, Rejected) -> Fut,
+        Fut: Future,
+    {
+        self.reject_with(FallbackWith(answer))
+    }
+
+    fn reject_with<R2>(self, reject: R2) -> GuardLayer<P, C, R2> {
+        GuardLayer {
+            policy: self.policy,
+            classify: self.classify,
+            reject,
+        }
+    }
+}
+
+impl<C, R> GuardLayer<RateLimiter, C, R> {
+    /// Lets calls wait their turn for up to `max_wait`, inside the response future, instead of rejecting them. A call that
+    /// cannot be served in that time is rejected at once.
+    ///
+    /// The waiting call owns the readied inner service, so that must be `Clone`, and holds what its readiness reserved. Calls
+    /// are served in order of arrival; a dropped call leaves the line.
+    ///
+    /// ```
+    /// # use portcullis::{RateLimitLayer, RateLimiter, TokenBucket};
+    /// # use std::time::Duration;
+    /// # use tower::{ServiceBuilder, ServiceExt, service_fn};
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> Result<(), portcullis::BoxError> {
+    /// let limiter = RateLimiter::new("search", TokenBucket::new(10, Duration::from_secs(1)).burst(1))?;
+    /// let service = ServiceBuilder::new()
+    ///     .layer(RateLimitLayer::new(limiter).wait(Duration::from_secs(5)))
+    ///     .service(service_fn(async |question: u32| Ok::<_, std::io::Error>(question + 1)));
+    /// for question in 0..30 {
+    ///     service.clone().oneshot(question).await?; // ten a second
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn wait(self, max_wait: Duration) -> GuardLayer<Waiting, C, R> {
+        GuardLayer {
+            policy: Waiting::new(self.policy, max_wait),
+            classify: self.classify,
+            reject: self.reject,
+        }
+    }
+}
+
+impl<S, P: Gate + Clone, C: Clone, R: Clone> Layer<S> for GuardLayer<P, C, R> {
+    type Service = Guard<S, P, C, R>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Guard {
+            inner,
+            ready: Ready::No,
+            layer: self.clone(),
+        }
+    }
+}
+
+/// A service behind a policy. Made by a [`GuardLayer`].
+///
+/// ```
+/// use portcullis::{CircuitBreaker, CircuitBreakerLayer};
+/// use tower::{Layer, service_fn};
+///
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// let inner = service_fn(async |question: u32| Ok::<_, std::io::Error>(question + 1));
+/// let guard = CircuitBreakerLayer::new(breaker.clone()).layer(inner);
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+pub struct Guard<S, P: Gate, C = ErrorsAreFailures, R = AsError> {
+    inner: S,
+    ready: Ready<P::Reserved>,
+    layer: GuardLayer<P, C, R>,
+}
+
+/// What the last `poll_ready` found.
+enum Ready<T> {
+    /// Not asked since the last call, or the inner service is not ready yet.
+    No,
+    /// What is held while the inner service gets ready.
+    Reserving(T),
+    /// Ready, and the inner service is, too.
+    Yes(T),
+    /// Ready to reject: the inner service was not asked.
+    Refused(Rejected),
+}
+
+impl<S: Clone, P: Gate + Clone, C: Clone, R: Clone> Clone for Guard<S, P, C, R> {
+    /// A clone is not ready: it holds nothing of what the original reserved.
+    fn clone(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            ready: Ready::No,
+            layer: self.layer.clone(),
+        }
+    }
+}
+
+impl<S: fmt::Debug, P: Gate + fmt::Debug, C, R> fmt::Debug for Guard<S, P, C, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guard")
+            .field("policy", &self.layer.policy)
+            .field("inner", &self.inner)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S, P, C, R, Req> Service<Req> for Guard<S, P, C, R>
+where
+    S: Service<Req>,
+    P: Policy<Req>,
+    P::Wait: Hold<S, Req>,
+    C: Classify<Req, S::Response, S::Error>,
+    R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error> + Clone,
+{
+    type Response = R::Response;
+    type Error = R::Error;
+    type Future = ResponseFuture<S, Req, P, C, R>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        let now = Reading::new();
+        let held = match std::mem::replace(&mut self.ready, Ready::No) {
+            Ready::Reserving(held) | Ready::Yes(held) => Some(held),
+            Ready::No | Ready::Refused(_) => None,
+        };
+        let reserved = match self.layer.policy.reserve(held, &now) {
+            Ok(reserved) => reserved,
+            Err(why) => {
+                self.ready = Ready::Refused(why);
+                return Poll::Ready(Ok(()));
+            }
+        };
+        match self.inner.poll_ready(cx) {
+            Poll::Pending => {
+                self.ready = Ready::Reserving(reserved);
+                Poll::Pending
+            }
+            Poll::Ready(Ok(())) => {
+                self.ready = Ready::Yes(reserved);
+                Poll::Ready(Ok(()))
+            }
+            Poll::Ready(Err(error)) => {
+                let (verdict, error) = self.layer.classify.unready(error);
+                self.layer.policy.unready(reserved, verdict, &now);
+                Poll::Ready(R::pass(Err(error)).map(|_| ()))
+            }
+        }
+    }
+
+    fn call(&mut self, request: Req) -> Self::Future {
+        let layer = &self.layer;
+        let now = Reading::new();
+        let reserved = match std::mem::replace(&mut self.ready, Ready::No) {
+            Ready::Yes(reserved) => Ok(reserved),
+            // The refusal is told as it is now, not as it was when the service was readied.
+            Ready::Refused(why) => Err(layer.policy.reserve(None, &now).err().unwrap_or_else(|| why.due())),
+            // Called unready, which tower forbids: the inner service will say so, but the policy holds.
+            Ready::No | Ready::Reserving(_) => layer.policy.reserve(None, &now),
+        };
+        let admit = match reserved {
+            Ok(reserved) => layer.policy.admit(reserved, &request, &now),
+            Err(why) => {
+                layer.policy.count(&why, &now);
+                Admit::Rejected(why)
+            }
+        };
+        let state = match admit {
+            Admit::Now(permit) => {
+                let seen = Some(layer.classify.see(&request));
+                let inner = &mut self.inner;
+                let watch = Watch::start(permit, || inner.call(request));
+                State::Called { watch, seen }
+            }
+            Admit::Later(wait) => State::Waiting {
+                seen: Some(layer.classify.see(&request)),
+                held: Some(wait.hold(&mut self.inner, request)),
+                wait,
+                reject: layer.reject.clone(),
+            },
+            Admit::Rejected(why) => State::Rejected {
+                future: layer.reject.reject(request, why),
+            },
+        };
+        ResponseFuture { state }
+    }
+}
+
+type Seen<S, C, Req> = <C as Classify<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Seen;
+
+pin_project! {
+    /// The future of a guarded call. It owns the permit: dropped, the call was cancelled.
+    pub struct ResponseFuture<S, Req, P, C, R>
+    where
+        S: Service<Req>,
+        P: Policy<Req>,
+        P::Wait: Hold<S, Req>,
+        C: Classify<Req, S::Response, S::Error>,
+        R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
+    {
+        #[pin]
+        state: State<S::Future, P::Permit, Seen<S, C, Req>, P::Wait, <P::Wait as Hold<S, Req>>::Held, R, R::Future>,
+    }
+}
+
+pin_project! {
+    #[project = Projection]
+    enum State<F, P: crate::permit::Permit, N, W, H, R, RF> {
+        Called { #[pin] watch: Watch<F, P>, seen: Option<N> },
+        Waiting { #[pin] wait: W, held: Option<H>, seen: Option<N>, reject: R },
+        Rejected { #[pin] future: RF },
+    }
+}
+
+impl<S, Req, P, C, R> fmt::Debug for ResponseFuture<S, Req, P, C, R>
+where
+    S: Service<Req>,
+    P: Policy<Req>,
+    P::Wait: Hold<S, Req>,
+    C: Classify<Req, S::Response, S::Error>,
+    R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            State::Called { .. } => "called",
+            State::Waiting { .. } => "waiting",
+            State::Rejected { .. } => "rejected",
+        };
+        f.debug_tuple("ResponseFuture").field(&state).finish()
+    }
+}
+
+impl<S, Req, P, C, R> Future for ResponseFuture<S, Req, P, C, R>
+where
+    S: Service<Req>,
+    P: Policy<Req>,
+    P::Wait: Hold<S, Req>,
+    C: Classify<Req, S::Response, S::Error>,
+    R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
+{
+    type Output = Result<R::Response, R::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        const ONCE: &str = "polled after it was ready";
+        let mut state = self.project().state;
+        loop {
+            let next = match state.as_mut().project() {
+                Projection::Called { watch, seen } => {
+                    let (result, permit) = ready!(watch.poll(cx));
+                    let seen = seen.take().expect(ONCE);
+                    return Poll::Ready(R::pass(C::finish(seen, result, permit, &Reading::new())));
+                }
+                Projection::Waiting {
+                    wait,
+                    held,
+                    seen,
+                    reject,
+                } => {
+                    let admitted = ready!(wait.poll(cx));
+                    let held = held.take().expect(ONCE);
+                    match admitted {
+                        Ok(permit) => State::Called {
+                            watch: Watch::start(permit, || P::Wait::call(held)),
+                            seen: seen.take(),
+                        },
+                        Err(why) => State::Rejected {
+                            future: reject.reject(P::Wait::request(held), why),
+                        },
+                    }
+                }
+                Projection::Rejected { future } => return future.poll(cx),
+            };
+            state.set(next);
+        }
+    }
+}

@@ -1,0 +1,182 @@
+use super::accept::metrics_format;
+use crate::{Registry, state::State};
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
+    header::{ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE},
+};
+use http_body_util::Full;
+use percent_encoding::percent_decode_str;
+use serde_json::json;
+use std::{
+    convert::Infallible,
+    fmt::Write,
+    future::{Ready, ready},
+    task::{Context, Poll},
+};
+use tower_service::Service;
+
+/// Status, metrics and health over HTTP: a tower service from [`Registry::admin`].
+///
+/// | path | answer |
+/// |---|---|
+/// | `/status` | every service, as JSON: [`RegistryStatus`](crate::RegistryStatus) |
+/// | `/status/{service}` | one service, as JSON: [`ServiceStatus`](crate::ServiceStatus); the name percent-encoded where need be |
+/// | `/metrics` | Prometheus text 0.0.4, or `OpenMetrics` 1.0 if the `Accept` header prefers it |
+/// | `/livez` | 200: the process answers. Never depends on a circuit |
+/// | `/readyz` | 200, or 503 while a circuit marked [`critical`](crate::CircuitBreakerConfig::critical) is open |
+///
+/// `GET` and `HEAD`; other methods are answered 405, unknown paths and services 404, each as `application/problem+json`
+/// (RFC 9457). It only reads. It takes any request body and never fails, so it mounts in axum
+/// (`nest_service("/admin", registry.admin())`), in hyper (`TowerToHyperService`) and in a test alike.
+///
+/// ```
+/// use portcullis::{CircuitBreakerConfig, Registry};
+/// use tower::ServiceExt;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let registry = Registry::new();
+/// registry.circuit_breaker("search", CircuitBreakerConfig::default())?;
+/// let request = http::Request::get("/status/search").body(())?;
+/// let response = registry.admin().oneshot(request).await?;
+/// assert_eq!(response.status(), 200);
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Admin {
+    registry: Registry,
+}
+
+/// The future of an [`Admin`] answer: it is ready at once.
+pub type AdminFuture = Ready<Result<Response<Full<Bytes>>, Infallible>>;
+
+impl Registry {
+    /// A service that shows this registry over HTTP: see [`Admin`].
+    #[cfg_attr(docsrs, doc(cfg(feature = "http")))]
+    #[must_use]
+    pub fn admin(&self) -> Admin {
+        Admin { registry: self.clone() }
+    }
+}
+
+impl<B> Service<Request<B>> for Admin {
+    type Response = Response<Full<Bytes>>;
+    type Error = Infallible;
+    type Future = AdminFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let answer = self.answer(request.uri().path(), request.headers());
+        ready(Ok(match *request.method() {
+            Method::GET => answer,
+            // The headers of a GET, its length included, and no body.
+            Method::HEAD => answer.map(|_| Full::default()),
+            _ if answer.status() == StatusCode::NOT_FOUND => answer,
+            ref method => {
+                let detail = format!("{method} is not allowed here; the admin service only reads");
+                let mut refusal = problem(StatusCode::METHOD_NOT_ALLOWED, &detail);
+                refusal
+                    .headers_mut()
+                    .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+                refusal
+            }
+        }))
+    }
+}
+
+impl Admin {
+    fn answer(&self, path: &str, headers: &HeaderMap) -> Response<Full<Bytes>> {
+        match path {
+            "/status" => json_page(&self.registry.status()),
+            "/metrics" => {
+                let format = metrics_format(headers);
+                page(
+                    StatusCode::OK,
+                    format.content_type(),
+                    self.registry.metrics_text(format),
+                )
+            }
+            "/livez" => page(StatusCode::OK, TEXT, "ok\n"),
+            "/readyz" => self.readiness(),
+            _ => match path.strip_prefix("/status/") {
+                Some(service) => self.service(service),
+                None => problem(
+                    StatusCode::NOT_FOUND,
+                    "there are /status, /status/{service}, /metrics, /livez and /readyz",
+                ),
+            },
+        }
+    }
+
+    fn service(&self, encoded: &str) -> Response<Full<Bytes>> {
+        let name = percent_decode_str(encoded).decode_utf8();
+        let status = name.ok().and_then(|name| self.registry.service_status(&name));
+        match status {
+            Some(status) => json_page(&status),
+            None => problem(StatusCode::NOT_FOUND, "no such service; /status lists them"),
+        }
+    }
+
+    /// One line a critical circuit, as Kubernetes prints its own checks.
+    fn readiness(&self) -> Response<Full<Bytes>> {
+        let (mut ready, mut text) = (true, String::new());
+        for breaker in self
+            .registry
+            .status()
+            .services
+            .into_values()
+            .filter_map(|status| status.circuit_breaker)
+        {
+            if !breaker.config.is_critical() {
+                continue;
+            }
+            let open = breaker.state == State::Open;
+            ready &= !open;
+            let mark = if open { '-' } else { '+' };
+            // A name may hold line breaks: quoted, it cannot forge a line. Writing to a string cannot fail.
+            let _ = writeln!(text, "[{mark}]circuit {:?} {}", breaker.service, breaker.state.as_str());
+        }
+        let (status, verdict) = if ready {
+            (StatusCode::OK, "ready\n")
+        } else {
+            (StatusCode::SERVICE_UNAVAILABLE, "not ready\n")
+        };
+        text.push_str(verdict);
+        page(status, TEXT, text)
+    }
+}
+
+const TEXT: &str = "text/plain; charset=utf-8";
+
+fn json_page(value: &impl serde::Serialize) -> Response<Full<Bytes>> {
+    match serde_json::to_vec(value) {
+        Ok(body) => page(StatusCode::OK, "application/json", body),
+        // Not reached with the types of this crate; a panic here would take a connection down.
+        Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
+}
+
+fn problem(status: StatusCode, detail: &str) -> Response<Full<Bytes>> {
+    let problem = json!({
+        "type": "about:blank",
+        "title": status.canonical_reason(),
+        "status": status.as_u16(),
+        "detail": detail,
+    });
+    page(status, "application/problem+json", problem.to_string())
+}
+
+fn page(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let body = body.into();
+    let length = body.len();
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(CONTENT_LENGTH, length.into());
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}

@@ -1,0 +1,6 @@
+//! What speaks HTTP.
+
+mod accept;
+mod admin;
+
+pub use admin::{Admin, AdminFuture};

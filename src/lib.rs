@@ -1,0 +1,64 @@
+#![doc = include_str!("../README.md")]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+// In the order in which a request meets them; each imports only from those below it.
+mod guard;
+mod policy;
+
+pub mod classify;
+pub mod reject;
+
+#[cfg(feature = "http")]
+mod http;
+mod metrics;
+mod registry;
+mod status;
+
+mod breaker;
+mod limit;
+
+mod permit;
+mod rejected;
+
+mod clock;
+mod error;
+mod event;
+mod name;
+mod numbers;
+mod state;
+mod stripe;
+
+#[doc(inline)]
+pub use crate::{
+    breaker::{
+        Backoff, CircuitBreaker, CircuitBreakerBuilder, CircuitBreakerConfig, CircuitBreakerMetrics,
+        CircuitBreakerPermit, CircuitBreakerStatus, RejectedByCircuit, Window, WindowStatus,
+    },
+    classify::{Classify, ErrorsAreFailures},
+    clock::{Clock, ManualClock, Reading, Timestamp},
+    error::ConfigError,
+    event::{Event, EventKind, Events, ListenerId},
+    guard::{CircuitBreakerLayer, Guard, GuardLayer, RateLimitLayer, ResponseFuture},
+    limit::{
+        Acquire, Adaptive, Algorithm, RateLimitPermit, RateLimiter, RateLimiterBuilder, RateLimiterStatus,
+        RejectedByLimit, SlidingWindow, TokenBucket,
+    },
+    metrics::MetricsFormat,
+    name::Name,
+    permit::{Outcome, Permit, Verdict},
+    policy::{Admit, Gate, Hold, Never, Policy, Waiting},
+    registry::{Registrable, Registry, RegistryError},
+    reject::{AsError, Reject},
+    rejected::{BoxError, Error, Reason, Rejected},
+    state::{Override, State, StateTransitions},
+    status::{RegistryStatus, ServiceStatus},
+};
+
+#[cfg(feature = "http")]
+#[doc(inline)]
+pub use crate::http::{Admin, AdminFuture};
+
+mod sealed {
+    /// Keeps the traits closed while the integrations that stand on them are being built.
+    pub trait Sealed {}
+}

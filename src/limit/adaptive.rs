@@ -1,0 +1,459 @@
+use super::bucket::{Bucket, Line};
+use crate::{
+    clock::{Timestamp, nanos},
+    error::{ConfigError, LONGEST, duration, share, within},
+    permit::Outcome,
+};
+use std::{
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering, fence},
+    },
+    time::Duration,
+};
+
+/// A token bucket that finds its own rate: down when calls fail, up while they succeed and the rate is used.
+///
+/// The rate counts requests per [`window`](Self::window) and moves at most once per window, at its end:
+///
+/// - more than [`error_threshold`](Self::error_threshold) of the calls failed: `rate × (1 − adjustment_factor)`;
+/// - otherwise, if at least half the rate was used: `rate × (1 + adjustment_factor)`;
+/// - fewer than [`minimum_calls`](Self::minimum_calls) outcomes: it stays,
+///
+/// always between [`min_rate`](Self::min_rate) and [`max_rate`](Self::max_rate). It learns from the outcomes that permits are
+/// settled with; ignored and dropped ones say nothing, unless [`cancelled`](Self::cancelled) says otherwise. A move changes how
+/// fast tokens come, not how many there are.
+///
+/// ```
+/// use portcullis::{Adaptive, RateLimiter};
+/// use std::time::Duration;
+///
+/// let limiter = RateLimiter::new(
+///     "agent",
+///     Adaptive::new(100)
+///         .min_rate(10)
+///         .max_rate(200)
+///         .window(Duration::from_secs(60))
+///         .error_threshold(0.1)
+///         .adjustment_factor(0.2),
+/// )?;
+/// assert_eq!(limiter.status().rate, 100.0);
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+///
+/// Some 200 bytes. An admission is the one of a token bucket and one more addition; an outcome is one addition; the end of a
+/// window takes a mutex once.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Adaptive {
+    base_rate: u32,
+    min_rate: Option<u32>,
+    max_rate: Option<u32>,
+    burst: Option<u32>,
+    window: Duration,
+    error_threshold: f64,
+    adjustment_factor: f64,
+    minimum_calls: u32,
+    cancelled: Outcome,
+}
+
+impl Adaptive {
+    /// Starts at `base_rate` requests per window, 1 or more.
+    #[must_use]
+    pub const fn new(base_rate: u32) -> Self {
+        Self {
+            base_rate,
+            min_rate: None,
+            max_rate: None,
+            burst: None,
+            window: Duration::from_secs(60),
+            error_threshold: 0.1,
+            adjustment_factor: 0.2,
+            minimum_calls: 10,
+            cancelled: Outcome::Ignored,
+        }
+    }
+
+    /// The rate never falls below this, 1 to the base rate. Default: a tenth of the base rate, at least 1.
+    #[must_use]
+    pub const fn min_rate(mut self, rate: u32) -> Self {
+        self.min_rate = Some(rate);
+        self
+    }
+
+    /// The rate never rises above this, at least the base rate. Default: twice the base rate.
+    #[must_use]
+    pub const fn max_rate(mut self, rate: u32) -> Self {
+        self.max_rate = Some(rate);
+        self
+    }
+
+    /// How many requests may come at once after a pause, whatever the rate is, 1 or more. Default: the base rate.
+    #[must_use]
+    pub const fn burst(mut self, burst: u32) -> Self {
+        self.burst = Some(burst);
+        self
+    }
+
+    /// How often the rate moves, and what it counts requests per; 1 ns to 100 years. Default: 60 s.
+    #[must_use]
+    pub const fn window(mut self, window: Duration) -> Self {
+        self.window = window;
+        self
+    }
+
+    /// The share of failed calls, above 0 and at most 1, that may pass before the rate falls. Default: 0.1.
+    #[must_use]
+    pub const fn error_threshold(mut self, share: f64) -> Self {
+        self.error_threshold = share;
+        self
+    }
+
+    /// By how much the rate moves, above 0 and below 1. Default: 0.2.
+    #[must_use]
+    pub const fn adjustment_factor(mut self, factor: f64) -> Self {
+        self.adjustment_factor = factor;
+        self
+    }
+
+    /// How many outcomes a window must have to move the rate, 1 or more. Default: 10.
+    #[must_use]
+    pub const fn minimum_calls(mut self, calls: u32) -> Self {
+        self.minimum_calls = calls;
+        self
+    }
+
+    /// What a call counts as that was begun and dropped: callers who give up may be the first sign of overload.
+    /// Default: [`Outcome::Ignored`].
+    #[must_use]
+    pub const fn cancelled(mut self, outcome: Outcome) -> Self {
+        self.cancelled = outcome;
+        self
+    }
+
+    pub(super) fn base_rate(&self) -> u32 {
+        self.base_rate
+    }
+
+    pub(super) fn lowest(&self) -> u32 {
+        self.min_rate.unwrap_or((self.base_rate / 10).max(1))
+    }
+
+    pub(super) fn highest(&self) -> u32 {
+        self.max_rate.unwrap_or(self.base_rate.saturating_mul(2))
+    }
+
+    pub(super) fn largest(&self) -> u32 {
+        self.burst.unwrap_or(self.base_rate)
+    }
+
+    pub(super) fn period(&self) -> Duration {
+        self.window
+    }
+
+    pub(super) fn cancelled_outcome(&self) -> Outcome {
+        self.cancelled
+    }
+
+    #[cfg(feature = "serde")]
+    pub(super) fn thresholds(&self) -> (f64, f64, u32) {
+        (self.error_threshold, self.adjustment_factor, self.minimum_calls)
+    }
+
+    /// The same limit with every default spelt out, for comparison.
+    pub(super) fn resolved(self) -> Self {
+        self.min_rate(self.lowest())
+            .max_rate(self.highest())
+            .burst(self.largest())
+    }
+
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        within("base_rate", self.base_rate, &(1..=u32::MAX))?;
+        within("min_rate", self.lowest(), &(1..=self.base_rate))?;
+        within("max_rate", self.highest(), &(self.base_rate..=u32::MAX))?;
+        within("burst", self.largest(), &(1..=u32::MAX))?;
+        duration("window", self.window)?;
+        share("error_threshold", self.error_threshold)?;
+        if !(self.adjustment_factor > 0.0 && self.adjustment_factor < 1.0) {
+            let value = self.adjustment_factor.to_string();
+            return Err(ConfigError::new("adjustment_factor", value, "above 0 and below 1"));
+        }
+        within("minimum_calls", self.minimum_calls, &(1..=u32::MAX))?;
+        self.token().map(|_| ())
+    }
+
+    /// Units a token: as fine as a hundred years at the highest rate allow, and no finer than a rate needs.
+    fn token(&self) -> Result<u64, ConfigError> {
+        const FINE_ENOUGH: u64 = 1 << 32;
+        let century = u128::from(nanos(LONGEST)) * u128::from(self.highest());
+        let tokens = century.div_ceil(u128::from(nanos(self.window))) + 2 * u128::from(self.largest());
+        match u64::try_from(u128::from(u64::MAX) / tokens) {
+            Ok(0) => Err(ConfigError::new(
+                "max_rate",
+                format!("{} per {:?}", self.highest(), self.window),
+                "at most what 100 years can count in 64 bits, about 5.8e9 per second",
+            )),
+            finest => Ok(finest.unwrap_or(u64::MAX).min(FINE_ENOUGH)),
+        }
+    }
+
+    /// The rate after a window with these outcomes.
+    fn next_rate(&self, rate: f64, seen: Seen) -> f64 {
+        if seen.calls < u64::from(self.minimum_calls) {
+            return rate;
+        }
+        let error_rate = seen.failures as f64 / seen.calls as f64;
+        let moved = if error_rate > self.error_threshold {
+            rate * (1.0 - self.adjustment_factor)
+        } else if seen.used as f64 >= rate / 2.0 {
+            rate * (1.0 + self.adjustment_factor)
+        } else {
+            rate
+        };
+        moved.clamp(self.lowest().into(), self.highest().into())
+    }
+
+    pub(super) fn build(&self, now: Timestamp) -> Result<AdaptiveState, ConfigError> {
+        self.validate()?;
+        let token = self.token()?;
+        let burst = token * u64::from(self.largest());
+        let course = Course {
+            line: Line {
+                start: now,
+                base: burst,
+                mul: units_per_window(self.base_rate.into(), token),
+                div: nanos(self.window),
+            },
+            rate: self.base_rate.into(),
+            window_end: now.saturating_add(self.window),
+        };
+        let state = AdaptiveState {
+            config: *self,
+            bucket: Bucket::new(token, burst),
+            used: AtomicU64::new(0),
+            calls: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+            course: Mutex::new(course),
+            published: Published::default(),
+        };
+        state.published.write(&course);
+        Ok(state)
+    }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "at least 1 and below 2⁶⁴: the scale sees to it"
+)]
+fn units_per_window(rate: f64, token: u64) -> u64 {
+    ((rate * token as f64) as u64).max(1)
+}
+
+/// What one window has seen.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    calls: u64,
+    failures: u64,
+    used: u64,
+}
+
+/// At which rate tokens are made, and until when that is settled.
+#[derive(Debug, Clone, Copy)]
+struct Course {
+    line: Line,
+    rate: f64,
+    window_end: Timestamp,
+}
+
+/// A move of the rate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Moved {
+    pub(super) from: f64,
+    pub(super) to: f64,
+    pub(super) at: Timestamp,
+}
+
+#[derive(Debug)]
+pub(super) struct AdaptiveState {
+    config: Adaptive,
+    bucket: Bucket,
+    /// Tokens taken in this window.
+    used: AtomicU64,
+    /// Outcomes of this window, and the failures among them.
+    calls: AtomicU64,
+    failures: AtomicU64,
+    course: Mutex<Course>,
+    published: Published,
+}
+
+/// The course as everybody reads it: a sequence lock. The writer holds the mutex; the version is odd while it writes. A reader
+/// whose version moved, or is odd, takes the mutex instead of spinning: the writer may have lost its processor.
+#[derive(Debug, Default)]
+struct Published {
+    version: AtomicU64,
+    start: AtomicU64,
+    base: AtomicU64,
+    mul: AtomicU64,
+    window_end: AtomicU64,
+}
+
+impl Published {
+    fn write(&self, course: &Course) {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version + 1, Ordering::Relaxed);
+        // Pairs with the readers' Acquire fence: who sees one of the values below sees the odd version.
+        fence(Ordering::Release);
+        self.start.store(course.line.start.nanos(), Ordering::Relaxed);
+        self.base.store(course.line.base, Ordering::Relaxed);
+        self.mul.store(course.line.mul, Ordering::Relaxed);
+        self.window_end.store(course.window_end.nanos(), Ordering::Relaxed);
+        self.version.store(version + 2, Ordering::Release);
+    }
+
+    fn read(&self, div: u64) -> Option<(Line, Timestamp)> {
+        let version = self.version.load(Ordering::Acquire);
+        let line = Line {
+            start: Timestamp::from_nanos(self.start.load(Ordering::Relaxed)),
+            base: self.base.load(Ordering::Relaxed),
+            mul: self.mul.load(Ordering::Relaxed),
+            div,
+        };
+        let window_end = Timestamp::from_nanos(self.window_end.load(Ordering::Relaxed));
+        fence(Ordering::Acquire);
+        let whole = version & 1 == 0 && self.version.load(Ordering::Relaxed) == version;
+        whole.then_some((line, window_end))
+    }
+}
+
+impl AdaptiveState {
+    fn course(&self) -> MutexGuard<'_, Course> {
+        self.course.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn seen(&self) -> Seen {
+        Seen {
+            calls: self.calls.load(Ordering::Relaxed),
+            failures: self.failures.load(Ordering::Relaxed),
+            used: self.used.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The course from the end of the window on, if it has ended: what [`roll`](Self::roll) makes real.
+    fn next_course(&self, course: &Course, now: Timestamp) -> Option<Course> {
+        let over = now.nanos().checked_sub(course.window_end.nanos())?;
+        let rate = self.config.next_rate(course.rate, self.seen());
+        let window = course.line.div;
+        let windows = over / window + 1;
+        let end = course.window_end.nanos().saturating_add(windows.saturating_mul(window));
+        let bent = (rate - course.rate).abs() > 0.0;
+        Some(Course {
+            // A line that goes straight on keeps its origin: no rounding adds up.
+            line: if bent {
+                Line {
+                    start: course.window_end,
+                    base: course.line.floor(course.window_end),
+                    mul: units_per_window(rate, self.bucket.token()),
+                    div: window,
+                }
+            } else {
+                course.line
+            },
+            rate,
+            window_end: Timestamp::from_nanos(end),
+        })
+    }
+
+    /// Ends the window if it is over; tells if the rate moved.
+    pub(super) fn roll(&self, now: Timestamp) -> Option<Moved> {
+        if let Some((_, window_end)) = self.published.read(1)
+            && now < window_end
+        {
+            return None;
+        }
+        let mut course = self.course();
+        let next = self.next_course(&course, now)?;
+        let before = std::mem::replace(&mut *course, next);
+        self.published.write(&next);
+        for counter in [&self.calls, &self.failures, &self.used] {
+            counter.store(0, Ordering::Relaxed);
+        }
+        ((next.rate - before.rate).abs() > 0.0).then_some(Moved {
+            from: before.rate,
+            to: next.rate,
+            at: before.window_end,
+        })
+    }
+
+    /// The line that holds now, a due move included.
+    fn line(&self, now: Timestamp) -> Line {
+        match self.published.read(nanos(self.config.window)) {
+            Some((line, window_end)) if now < window_end => line,
+            _ => {
+                let course = self.course();
+                self.next_course(&course, now).unwrap_or(*course).line
+            }
+        }
+    }
+
+    /// Requests per window, a due move included.
+    pub(super) fn rate(&self, now: Timestamp) -> f64 {
+        let course = self.course();
+        self.next_course(&course, now).unwrap_or(*course).rate
+    }
+
+    /// When so many units will have been made, if no more outcomes arrive: a move that is already settled is foreseen.
+    fn when(&self, units: u64, now: Timestamp) -> Timestamp {
+        let course = self.course();
+        let course = self.next_course(&course, now).unwrap_or(*course);
+        let at = course.line.when(units);
+        if at <= course.window_end || now >= course.window_end {
+            return at;
+        }
+        let next = self.next_course(&course, course.window_end);
+        next.map_or(at, |next| next.line.when(units))
+    }
+
+    pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
+        let taken = self.bucket.take(&self.line(now), cost, now);
+        taken.map_err(|units| self.when(units, now))?;
+        self.used.fetch_add(cost.into(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(super) fn give_back(&self, cost: u32) {
+        self.bucket.give_back(cost);
+        let less = |used: u64| Some(used.saturating_sub(cost.into()));
+        let _ = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+
+    pub(super) fn charge(&self, cost: u32, now: Timestamp) {
+        self.bucket.charge(&self.line(now), cost, now);
+        self.used.fetch_add(cost.into(), Ordering::Relaxed);
+    }
+
+    pub(super) fn learn(&self, outcome: Outcome) {
+        match outcome {
+            Outcome::Ignored => return,
+            Outcome::Failure => {
+                self.failures.fetch_add(1, Ordering::Relaxed);
+            }
+            Outcome::Success => {}
+        }
+        self.calls.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
+        match self.bucket.peek(&self.line(now), cost, now) {
+            Ok(()) => now,
+            Err(units) => self.when(units, now),
+        }
+    }
+
+    pub(super) fn due(&self, cost: u64, now: Timestamp) -> Timestamp {
+        self.when(self.bucket.target(&self.line(now), cost, now), now).max(now)
+    }
+
+    pub(super) fn tokens(&self, now: Timestamp) -> f64 {
+        self.bucket.content(&self.line(now), now)
+    }
+}

@@ -1,0 +1,206 @@
+//! The algorithms behind one handle, as an enum: one match, no boxes.
+
+use super::{
+    Adaptive, SlidingWindow, TokenBucket, adaptive::AdaptiveState, adaptive::Moved, sliding_window,
+    sliding_window::SlidingWindowState, token_bucket::TokenBucketState,
+};
+use crate::{clock::Timestamp, error::ConfigError, permit::Outcome};
+
+/// How a [`RateLimiter`](super::RateLimiter) limits. Made by `From` of each algorithm's settings.
+///
+/// ```
+/// # use portcullis::{Algorithm, SlidingWindow};
+/// # use std::time::Duration;
+/// let algorithm = Algorithm::from(SlidingWindow::new(100, Duration::from_secs(60)));
+/// assert_eq!(algorithm.as_str(), "sliding_window");
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Algorithm {
+    /// A steady rate with room for bursts.
+    TokenBucket(TokenBucket),
+    /// A quota for any stretch of time.
+    SlidingWindow(SlidingWindow),
+    /// A rate that follows the errors.
+    Adaptive(Adaptive),
+}
+
+impl Algorithm {
+    /// The algorithm's name as metrics and JSON spell it.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::TokenBucket(_) => "token_bucket",
+            Self::SlidingWindow(_) => "sliding_window",
+            Self::Adaptive(_) => "adaptive",
+        }
+    }
+
+    /// With every default spelt out, so that equal limits compare equal.
+    pub(super) fn resolved(self) -> Self {
+        match self {
+            Self::TokenBucket(config) => Self::TokenBucket(config.resolved()),
+            Self::SlidingWindow(_) => self,
+            Self::Adaptive(config) => Self::Adaptive(config.resolved()),
+        }
+    }
+
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        match self {
+            Self::TokenBucket(config) => config.validate(),
+            Self::SlidingWindow(config) => config.validate(),
+            Self::Adaptive(config) => config.validate(),
+        }
+    }
+
+    /// The most that can be admitted at once.
+    pub(super) fn largest(&self) -> u32 {
+        match self {
+            Self::TokenBucket(config) => config.largest(),
+            Self::SlidingWindow(config) => config.max_requests(),
+            Self::Adaptive(config) => config.largest(),
+        }
+    }
+
+    /// What a call counts as that was begun and dropped.
+    pub(super) fn cancelled(&self) -> Outcome {
+        match self {
+            Self::TokenBucket(_) | Self::SlidingWindow(_) => Outcome::Ignored,
+            Self::Adaptive(config) => config.cancelled_outcome(),
+        }
+    }
+
+    pub(super) fn build(&self, now: Timestamp) -> Result<State, ConfigError> {
+        Ok(match self {
+            Self::TokenBucket(config) => State::TokenBucket(config.build(now)?),
+            Self::SlidingWindow(config) => State::SlidingWindow(config.build(now)?),
+            Self::Adaptive(config) => State::Adaptive(config.build(now)?),
+        })
+    }
+}
+
+impl From<TokenBucket> for Algorithm {
+    fn from(config: TokenBucket) -> Self {
+        Self::TokenBucket(config)
+    }
+}
+impl From<SlidingWindow> for Algorithm {
+    fn from(config: SlidingWindow) -> Self {
+        Self::SlidingWindow(config)
+    }
+}
+impl From<Adaptive> for Algorithm {
+    fn from(config: Adaptive) -> Self {
+        Self::Adaptive(config)
+    }
+}
+
+/// What an admission must remember to be given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Admission {
+    /// Nothing: tokens are alike.
+    Tokens,
+    /// Its place in the window.
+    Window(sliding_window::Admission),
+}
+
+/// An algorithm at work. Every step is handed the time.
+#[derive(Debug)]
+pub(super) enum State {
+    TokenBucket(TokenBucketState),
+    SlidingWindow(SlidingWindowState),
+    Adaptive(AdaptiveState),
+}
+
+impl State {
+    /// Admits `cost`, at most the largest, or tells when a caller alone would be.
+    pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<Admission, Timestamp> {
+        match self {
+            Self::TokenBucket(state) => state.take(cost, now).map(|()| Admission::Tokens),
+            Self::SlidingWindow(state) => state.take(cost, now).map(Admission::Window),
+            Self::Adaptive(state) => state.take(cost, now).map(|()| Admission::Tokens),
+        }
+    }
+
+    /// When [`take`](Self::take) would admit; now or later.
+    pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
+        match self {
+            Self::TokenBucket(state) => state.peek(cost, now),
+            Self::SlidingWindow(state) => state.peek(cost, now),
+            Self::Adaptive(state) => state.peek(cost, now),
+        }
+    }
+
+    /// When so much would have been admitted, one after the other; may exceed the largest.
+    pub(super) fn due(&self, cost: u64, now: Timestamp) -> Timestamp {
+        match self {
+            Self::TokenBucket(state) => state.due(cost, now),
+            Self::SlidingWindow(state) => state.due(cost, now),
+            Self::Adaptive(state) => state.due(cost, now),
+        }
+    }
+
+    /// Gives an admission back that was not used; `false` if it can no longer be.
+    pub(super) fn give_back(&self, admission: Admission, cost: u32) -> bool {
+        match (self, admission) {
+            (Self::SlidingWindow(state), Admission::Window(admission)) => state.give_back(admission, cost),
+            (Self::TokenBucket(state), _) => {
+                state.give_back(cost);
+                true
+            }
+            (Self::Adaptive(state), _) => {
+                state.give_back(cost);
+                true
+            }
+            (Self::SlidingWindow(_), Admission::Tokens) => false,
+        }
+    }
+
+    /// Corrects an admission to what the call cost in truth.
+    pub(super) fn correct(&self, reserved: u32, true_cost: u32, now: Timestamp) {
+        let (more, less) = (true_cost.saturating_sub(reserved), reserved.saturating_sub(true_cost));
+        match self {
+            Self::TokenBucket(state) if more > 0 => state.charge(more, now),
+            Self::TokenBucket(state) => state.give_back(less),
+            Self::Adaptive(state) if more > 0 => state.charge(more, now),
+            Self::Adaptive(state) => state.give_back(less),
+            Self::SlidingWindow(_) => {}
+        }
+    }
+
+    /// Lets time do what is due; tells if the rate moved.
+    pub(super) fn roll(&self, now: Timestamp) -> Option<Moved> {
+        match self {
+            Self::Adaptive(state) => state.roll(now),
+            Self::TokenBucket(_) | Self::SlidingWindow(_) => None,
+        }
+    }
+
+    /// Whether outcomes matter.
+    pub(super) fn learns(&self) -> bool {
+        matches!(self, Self::Adaptive(_))
+    }
+
+    pub(super) fn learn(&self, outcome: Outcome) {
+        if let Self::Adaptive(state) = self {
+            state.learn(outcome);
+        }
+    }
+
+    /// What is there now, in requests.
+    pub(super) fn available(&self, now: Timestamp) -> f64 {
+        match self {
+            Self::TokenBucket(state) => state.tokens(now),
+            Self::SlidingWindow(state) => state.available(now) as f64,
+            Self::Adaptive(state) => state.tokens(now),
+        }
+    }
+
+    /// The adaptive rate now.
+    pub(super) fn adaptive_rate(&self, now: Timestamp) -> Option<f64> {
+        match self {
+            Self::Adaptive(state) => Some(state.rate(now)),
+            Self::TokenBucket(_) | Self::SlidingWindow(_) => None,
+        }
+    }
+}

@@ -1,0 +1,597 @@
+//! Rate limiters: one handle over three algorithms, its permits, and its waiting line.
+
+mod acquire;
+mod adaptive;
+mod algorithm;
+mod bucket;
+mod queue;
+mod sliding_window;
+mod status;
+mod token_bucket;
+
+pub use acquire::Acquire;
+pub use adaptive::Adaptive;
+pub use algorithm::Algorithm;
+pub use sliding_window::SlidingWindow;
+pub use status::{RateLimiterStatus, RejectedByLimit};
+pub use token_bucket::TokenBucket;
+
+use crate::{
+    clock::{Clock, Reading, Timestamp},
+    error::ConfigError,
+    event::{Event, EventKind, Events, Hub, Listener, ListenerId},
+    name::Name,
+    permit::{self, Outcome, Permit, Verdict},
+    rejected::{Error, Reason, Rejected},
+    sealed::Sealed,
+    stripe::{Stripe, Striped},
+};
+use algorithm::{Admission, State};
+use queue::Queue;
+use std::{fmt, future::Future, sync::Arc, time::Duration};
+
+/// The striped counters, by index.
+mod counter {
+    pub(super) const ACCEPTED: usize = 0;
+    pub(super) const ACCEPTED_COST: usize = 1;
+    pub(super) const RETURNED: usize = 2;
+    pub(super) const REJECTED_OVER_LIMIT: usize = 3;
+    pub(super) const REJECTED_COST: usize = 4;
+    pub(super) const COUNTERS: usize = 5;
+}
+
+struct Core {
+    service: Name,
+    limit: Name,
+    clock: Clock,
+    algorithm: Algorithm,
+    state: State,
+    queue: Queue,
+    hub: Hub,
+}
+
+type CoreStripe = Stripe<Core, { counter::COUNTERS }>;
+
+/// A rate limiter: a [`TokenBucket`], a [`SlidingWindow`] or an [`Adaptive`] bucket.
+///
+/// A cheap handle: clones share one state, across threads, layers and connections. Use it directly, as here, or put it into a
+/// [`RateLimitLayer`](crate::RateLimitLayer).
+///
+/// ```
+/// use portcullis::{RateLimiter, TokenBucket};
+/// use std::time::Duration;
+///
+/// let limiter = RateLimiter::new("search", TokenBucket::new(2, Duration::from_secs(60)))?;
+/// limiter.try_acquire()?;
+/// limiter.try_acquire()?;
+/// let rejected = limiter.try_acquire().unwrap_err();
+/// assert!(rejected.retry_after.unwrap() <= Duration::from_secs(30));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Cost
+///
+/// An admission takes no lock and allocates nothing while nobody waits for the limiter. Memory: some 400 bytes, 256 for each
+/// core (up to 64), what the algorithm says, and some 100 for each waiter.
+#[derive(Clone)]
+pub struct RateLimiter {
+    shared: Striped<Core, { counter::COUNTERS }>,
+}
+
+/// Makes a [`RateLimiter`] with more than the defaults; from [`RateLimiter::builder`].
+///
+/// ```
+/// # use portcullis::{RateLimiter, SlidingWindow};
+/// # use std::time::Duration;
+/// let daily = RateLimiter::builder("search", SlidingWindow::new(10_000, Duration::from_secs(86_400)))
+///     .limit("daily")
+///     .build()?;
+/// assert_eq!(daily.limit(), "daily");
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+#[derive(Debug, Clone)]
+#[must_use = "a builder does nothing until `build`"]
+pub struct RateLimiterBuilder {
+    service: String,
+    limit: String,
+    clock: Clock,
+    algorithm: Algorithm,
+}
+
+impl RateLimiterBuilder {
+    /// Names the limit, to tell several of one service apart. Default: `default`.
+    pub fn limit(mut self, limit: impl Into<String>) -> Self {
+        self.limit = limit.into();
+        self
+    }
+
+    /// Reads the time here. Default: [`Clock::system`].
+    pub fn clock(mut self, clock: impl Into<Clock>) -> Self {
+        self.clock = clock.into();
+        self
+    }
+
+    /// The limiter, full.
+    ///
+    /// # Errors
+    ///
+    /// A name that is empty or longer than [`Name::MAX_LEN`]; a setting outside its range, named in the error.
+    pub fn build(self) -> Result<RateLimiter, ConfigError> {
+        let service = Name::new("name", &self.service)?;
+        let limit = Name::new("limit", &self.limit)?;
+        let state = self.algorithm.build(self.clock.now())?;
+        Ok(RateLimiter {
+            shared: Striped::new(Core {
+                service,
+                limit,
+                clock: self.clock,
+                algorithm: self.algorithm,
+                state,
+                queue: Queue::default(),
+                hub: Hub::default(),
+            }),
+        })
+    }
+}
+
+impl Core {
+    fn take(&self, cost: u32, now: Timestamp) -> Result<Admission, Timestamp> {
+        self.state.take(cost, now)
+    }
+
+    /// Lets time do what is due.
+    fn roll(&self, now: Timestamp) {
+        if let Some(moved) = self.state.roll(now) {
+            let kind = EventKind::RateChanged {
+                from: moved.from,
+                to: moved.to,
+            };
+            self.emit(moved.at, kind);
+            self.queue.wake_front();
+        }
+    }
+
+    /// Serves who waits after something came back.
+    fn serve(&self, now: Timestamp) {
+        if !self.queue.is_empty() {
+            self.queue.serve(|cost| self.take(cost, now), |_| ());
+        }
+    }
+
+    fn give_back(&self, admission: Admission, cost: u32, now: Timestamp) {
+        if cost > 0 && self.state.give_back(admission, cost) {
+            self.serve(now);
+        }
+    }
+
+    fn learn(&self, outcome: Outcome, now: &Reading) {
+        if self.state.learns() {
+            self.roll(now.at(&self.clock));
+            self.state.learn(outcome);
+        }
+    }
+
+    fn emit(&self, at: Timestamp, kind: EventKind) {
+        self.hub.emit(|| Event {
+            service: self.service.clone(),
+            limit: Some(self.limit.clone()),
+            at,
+            kind,
+        });
+    }
+
+    fn rejected(&self, reason: Reason, retry_after: Option<Duration>) -> Rejected {
+        Rejected {
+            service: self.service.clone(),
+            limit: Some(self.limit.clone()),
+            reason,
+            retry_after,
+        }
+    }
+
+    fn over_limit(&self, until: Timestamp, now: Timestamp) -> Rejected {
+        self.rejected(Reason::OverLimit, Some(until.duration_since(now)))
+    }
+
+    /// Refuses a cost that no wait could meet.
+    fn check_cost(&self, cost: u32) -> Result<(), Rejected> {
+        let burst = self.algorithm.largest();
+        if cost <= burst {
+            return Ok(());
+        }
+        Err(self.rejected(Reason::CostExceedsBurst { cost, burst }, None))
+    }
+}
+
+impl RateLimiter {
+    /// A limiter named `default` for the service of that name.
+    ///
+    /// # Errors
+    ///
+    /// A setting outside its range, named in the error.
+    pub fn new(service: impl Into<String>, algorithm: impl Into<Algorithm>) -> Result<Self, ConfigError> {
+        Self::builder(service, algorithm).build()
+    }
+
+    /// Starts a limiter with more than the defaults: a limit's name, a clock.
+    pub fn builder(service: impl Into<String>, algorithm: impl Into<Algorithm>) -> RateLimiterBuilder {
+        RateLimiterBuilder {
+            service: service.into(),
+            limit: "default".into(),
+            clock: Clock::system(),
+            algorithm: algorithm.into(),
+        }
+    }
+
+    /// Leave to make one call now, or the reason why not. Does not overtake those who wait.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::OverLimit`], with the exact time after which a caller alone is admitted.
+    pub fn try_acquire(&self) -> Result<RateLimitPermit, Rejected> {
+        self.try_acquire_n(1)
+    }
+
+    /// [`try_acquire`](Self::try_acquire) for a call that costs `cost`: all or nothing. A cost of zero is free.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::OverLimit`]; [`Reason::CostExceedsBurst`] for more than is ever there at once.
+    pub fn try_acquire_n(&self, cost: u32) -> Result<RateLimitPermit, Rejected> {
+        self.acquire_at(cost, &Reading::new())
+    }
+
+    pub(crate) fn acquire_at(&self, cost: u32, now: &Reading) -> Result<RateLimitPermit, Rejected> {
+        self.acquire_uncounted(cost, now)
+            .inspect_err(|why| self.count(why, now))
+    }
+
+    fn acquire_uncounted(&self, cost: u32, now: &Reading) -> Result<RateLimitPermit, Rejected> {
+        let core: &Core = &self.shared;
+        core.check_cost(cost)?;
+        if cost == 0 {
+            return Ok(self.permit(Admission::Tokens, 0));
+        }
+        let now = now.at(&core.clock);
+        core.roll(now);
+        let taken = if core.queue.is_empty() {
+            core.take(cost, now)
+        } else {
+            core.queue.serve(
+                |cost| core.take(cost, now),
+                |waiters| {
+                    if waiters.is_empty() {
+                        core.take(cost, now)
+                    } else {
+                        Err(core.state.due(waiters.cost() + u64::from(cost), now))
+                    }
+                },
+            )
+        };
+        match taken {
+            Ok(admission) => Ok(self.permit(admission, cost)),
+            Err(until) => Err(core.over_limit(until, now)),
+        }
+    }
+
+    fn permit(&self, admission: Admission, cost: u32) -> RateLimitPermit {
+        let stripe = self.shared.local();
+        stripe.add(counter::ACCEPTED, 1);
+        stripe.add(counter::ACCEPTED_COST, cost.into());
+        RateLimitPermit {
+            stripe: Some(stripe.clone()),
+            cost,
+            admission,
+        }
+    }
+
+    /// Counts a rejection and tells the listeners. Called once for every call that was rejected.
+    pub(crate) fn count(&self, why: &Rejected, now: &Reading) {
+        let stripe = self.shared.local();
+        stripe.add(
+            match why.reason {
+                Reason::CostExceedsBurst { .. } => counter::REJECTED_COST,
+                _ => counter::REJECTED_OVER_LIMIT,
+            },
+            1,
+        );
+        stripe.hub.emit(|| Event {
+            service: why.service.clone(),
+            limit: why.limit.clone(),
+            at: now.at(&stripe.clock),
+            kind: EventKind::Rejected(why.clone()),
+        });
+    }
+
+    /// The refusal that the next call of this cost would meet, without taking anything.
+    pub(crate) fn peek(&self, cost: u32, now: &Reading) -> Option<Rejected> {
+        let core: &Core = &self.shared;
+        if let Err(rejected) = core.check_cost(cost) {
+            return Some(rejected);
+        }
+        if cost == 0 {
+            return None;
+        }
+        let now = now.at(&core.clock);
+        let waiting = core.queue.cost();
+        let until = match waiting {
+            0 => core.state.peek(cost, now),
+            _ => core.state.due(waiting + u64::from(cost), now),
+        };
+        (now < until).then(|| core.over_limit(until, now))
+    }
+
+    /// Waits in line for leave to make one call, for as long as it takes.
+    ///
+    /// Served in the order in which the futures are first polled. Cancel-safe: a dropped future leaves the line, and gives back
+    /// what it was served. With [`Clock::system`], needs a tokio runtime with its timer enabled, and is served up to a
+    /// millisecond late, all who are due at once.
+    ///
+    /// ```
+    /// # use portcullis::{RateLimiter, TokenBucket};
+    /// # use std::time::Duration;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let limiter = RateLimiter::new("search", TokenBucket::new(10, Duration::from_secs(1)).burst(1))?;
+    /// for _ in 0..20 {
+    ///     let permit = limiter.acquire().await?;
+    ///     // … a call, ten times a second …
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The future fails only for a cost above the burst: see [`acquire_n`](Self::acquire_n).
+    pub fn acquire(&self) -> Acquire {
+        self.acquire_n(1)
+    }
+
+    /// [`acquire`](Self::acquire) for a call that costs `cost`.
+    ///
+    /// # Errors
+    ///
+    /// The future fails at once with [`Reason::CostExceedsBurst`] for a cost that no wait could meet.
+    pub fn acquire_n(&self, cost: u32) -> Acquire {
+        Acquire::new(self.clone(), cost, None)
+    }
+
+    /// [`acquire_n`](Self::acquire_n) that waits for at most `max_wait`.
+    ///
+    /// ```
+    /// # use portcullis::{RateLimiter, TokenBucket};
+    /// # use std::time::Duration;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let limiter = RateLimiter::new("search", TokenBucket::new(1, Duration::from_secs(60)))?;
+    /// limiter.try_acquire()?;
+    /// // Refused at once: the next token is a minute away.
+    /// let rejected = limiter.acquire_within(1, Duration::from_secs(5)).await.unwrap_err();
+    /// assert!(rejected.retry_after > Some(Duration::from_secs(5)));
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The future fails with [`Reason::OverLimit`], at once if the wait cannot fit, else when it has not; with
+    /// [`Reason::CostExceedsBurst`] for a cost that no wait could meet.
+    pub fn acquire_within(&self, cost: u32, max_wait: Duration) -> Acquire {
+        Acquire::new(self.clone(), cost, Some(max_wait))
+    }
+
+    /// Makes a call if the limiter admits it now. An adaptive limiter learns from the result: an error is a failure, unless it
+    /// is a rejection by another portcullis policy.
+    ///
+    /// Nothing happens before the future is polled. Cancel-safe: dropped, its permit is spent.
+    ///
+    /// ```
+    /// # use portcullis::{RateLimiter, TokenBucket};
+    /// # use std::time::Duration;
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let limiter = RateLimiter::new("search", TokenBucket::new(10, Duration::from_secs(1)))?;
+    /// let answer = limiter.call(async { Ok::<_, std::io::Error>(42) }).await?;
+    /// assert_eq!(answer, 42);
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Rejected`] if the call was not made, [`Error::Inner`] with its own error if it failed.
+    pub async fn call<T, E: 'static>(&self, future: impl Future<Output = Result<T, E>>) -> Result<T, Error<E>> {
+        self.call_with(Outcome::of, future).await
+    }
+
+    /// [`call`](Self::call) with a classifier of its own: what an adaptive limiter learns from, or what the call cost.
+    ///
+    /// ```
+    /// # use portcullis::{RateLimiter, Outcome, TokenBucket, Verdict};
+    /// # use std::time::Duration;
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let tokens = RateLimiter::new("model", TokenBucket::new(1000, Duration::from_secs(60)))?;
+    /// let ask = async { Ok::<_, std::io::Error>("forty-two") };
+    /// tokens.call_with(|_| Verdict::new(Outcome::Success).cost(250), ask).await?;
+    /// assert!(tokens.status().available_tokens < 751.0);
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`call`](Self::call).
+    pub async fn call_with<T, E, V: Into<Verdict>>(
+        &self,
+        classify: impl FnOnce(&Result<T, E>) -> V,
+        future: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, Error<E>> {
+        let permit = self.try_acquire()?;
+        permit::run(permit, classify, future).await
+    }
+
+    /// The service's name.
+    #[must_use]
+    pub fn name(&self) -> &Name {
+        &self.shared.service
+    }
+
+    /// The limit's name, which tells several limits of one service apart.
+    #[must_use]
+    pub fn limit(&self) -> &Name {
+        &self.shared.limit
+    }
+
+    /// The clock that the limiter reads.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.shared.clock
+    }
+
+    /// What the limiter was made of.
+    #[must_use]
+    pub fn algorithm(&self) -> Algorithm {
+        self.shared.algorithm
+    }
+
+    /// Everything there is to see, at one moment. Reading changes nothing.
+    #[must_use]
+    pub fn status(&self) -> RateLimiterStatus {
+        let now = Reading::new();
+        let at = now.at(self.clock());
+        let core: &Core = &self.shared;
+        RateLimiterStatus::new(core, at, self.peek(1, &now), |counter| self.shared.sum(counter))
+    }
+
+    /// Calls `listener` on every event of this limiter; see [`Event`] for how.
+    pub fn on_event(&self, listener: impl Fn(&Event) + Send + Sync + 'static) -> ListenerId {
+        let listener = Listener::new(listener);
+        let id = listener.id;
+        self.add_listener(listener);
+        id
+    }
+
+    /// Removes a listener; `false` if it is not there.
+    pub fn remove_listener(&self, id: ListenerId) -> bool {
+        self.shared.hub.remove(id)
+    }
+
+    /// A queue of this limiter's events that holds `capacity` and loses the oldest.
+    #[must_use = "dropping the queue ends the subscription"]
+    pub fn subscribe(&self, capacity: usize) -> Events {
+        let (events, listener) = Events::new(capacity);
+        self.add_listener(listener);
+        events
+    }
+
+    pub(crate) fn add_listener(&self, listener: Listener) {
+        self.shared.hub.add(listener);
+    }
+
+    /// Whether both are handles of one limiter.
+    pub(crate) fn same(&self, other: &Self) -> bool {
+        self.shared.same(&other.shared)
+    }
+
+    /// Whether the limiter limits as this algorithm does.
+    pub(crate) fn matches(&self, algorithm: &Algorithm) -> bool {
+        algorithm.validate().is_ok() && self.shared.algorithm.resolved() == algorithm.resolved()
+    }
+}
+
+impl fmt::Debug for RateLimiter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RateLimiter")
+            .field("service", self.name())
+            .field("limit", self.limit())
+            .field("algorithm", &self.shared.algorithm)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Leave to make one call.
+///
+/// Dropped, it is spent: who goes away early has used the limit all the same. Only [`unused`](Self::unused) gives it back. An
+/// adaptive limiter wants to know how the call ended: [`settle`](Self::settle).
+///
+/// ```
+/// # use portcullis::{Adaptive, RateLimiter, Outcome};
+/// let limiter = RateLimiter::new("agent", Adaptive::new(100))?;
+/// let permit = limiter.try_acquire()?;
+/// // … the call …
+/// permit.settle(Outcome::Success);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct RateLimitPermit {
+    /// `None` once it has ended.
+    stripe: Option<Arc<CoreStripe>>,
+    cost: u32,
+    admission: Admission,
+}
+
+impl RateLimitPermit {
+    /// How the call ended: an [`Outcome`], or a [`Verdict`] with its true cost.
+    pub fn settle(self, verdict: impl Into<Verdict>) {
+        Permit::settle(self, verdict.into(), &Reading::new());
+    }
+
+    /// The call was never begun: the limiter takes the permit back. A sliding window can do so only while no other call has
+    /// been admitted since.
+    pub fn unused(self) {
+        Permit::unused(self, &Reading::new());
+    }
+
+    /// What the permit took from the limit.
+    #[must_use]
+    pub fn cost(&self) -> u32 {
+        self.cost
+    }
+}
+
+impl Sealed for RateLimitPermit {}
+
+impl Permit for RateLimitPermit {
+    fn settle(mut self, verdict: Verdict, now: &Reading) {
+        let Some(stripe) = self.stripe.take() else {
+            return;
+        };
+        let core: &Core = &stripe;
+        if let Some(cost) = verdict.cost
+            && cost != self.cost
+        {
+            let now = now.at(&core.clock);
+            core.state.correct(self.cost, cost, now);
+            core.serve(now);
+        }
+        core.learn(verdict.outcome, now);
+    }
+
+    fn cancel(mut self, now: &Reading) {
+        if let Some(stripe) = self.stripe.take() {
+            stripe.learn(stripe.algorithm.cancelled(), now);
+        }
+    }
+
+    fn unused(mut self, now: &Reading) {
+        if let Some(stripe) = self.stripe.take() {
+            stripe.add(counter::RETURNED, 1);
+            stripe.give_back(self.admission, self.cost, now.at(&stripe.clock));
+        }
+    }
+}
+
+impl Drop for RateLimitPermit {
+    fn drop(&mut self) {
+        if let Some(stripe) = self.stripe.take() {
+            let outcome = if std::thread::panicking() {
+                Outcome::Failure
+            } else {
+                stripe.algorithm.cancelled()
+            };
+            stripe.learn(outcome, &Reading::new());
+        }
+    }
+}
+
+impl fmt::Debug for RateLimitPermit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RateLimitPermit")
+            .field("limit", &self.stripe.as_ref().map(|stripe| &stripe.limit))
+            .field("cost", &self.cost)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,172 @@
+//! Who waits for a limiter, in order of arrival.
+//!
+//! Nobody is in charge of the queue: whoever comes by with the time (a waiter whose timer fired, a caller that tries) serves it
+//! from the front as far as the limiter admits, under one mutex. Served waiters find their admission laid out for them. So one
+//! tick of the timer serves all that are due, and a waiter that is woken and not polled holds up nobody.
+
+use super::algorithm::Admission;
+use crate::clock::Timestamp;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::Waker,
+};
+
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    /// How many wait, so that a caller who finds nobody takes no lock. Written under the lock.
+    waiting: AtomicUsize,
+    waiters: Mutex<Waiters>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Waiters {
+    /// By number of arrival.
+    waiting: BTreeMap<u64, Waiter>,
+    /// Served, and not yet back to fetch it.
+    served: BTreeMap<u64, Admission>,
+    arrivals: u64,
+    /// The cost of all that wait.
+    cost: u64,
+    /// The cost of all that were ever served from the queue.
+    served_cost: u64,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    cost: u32,
+    /// What will have been served once this waiter is, if nobody before it gives up.
+    ticket: u64,
+    waker: Waker,
+}
+
+/// What a waiter finds when it looks.
+pub(super) enum Turn {
+    Served(Admission),
+    /// Still waiting, behind at most so much cost, its own included.
+    Waiting(u64),
+}
+
+impl Queue {
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) == 0
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.waiting.load(Ordering::Acquire)
+    }
+
+    /// The cost of all that wait.
+    pub(super) fn cost(&self) -> u64 {
+        if self.is_empty() { 0 } else { self.lock().cost }
+    }
+
+    /// Serves the queue from the front with `take`, then runs `step` on it; wakes the served, and a new front, outside the lock.
+    pub(super) fn serve<T>(
+        &self,
+        mut take: impl FnMut(u32) -> Result<Admission, Timestamp>,
+        step: impl FnOnce(&mut Waiters) -> T,
+    ) -> T {
+        let mut wakers = Vec::new();
+        let mut waiters = self.lock();
+        let front = waiters.front();
+        while let Some(entry) = waiters.waiting.first_entry() {
+            let Ok(admission) = take(entry.get().cost) else {
+                break;
+            };
+            let (number, waiter) = entry.remove_entry();
+            waiters.cost -= u64::from(waiter.cost);
+            waiters.served_cost += u64::from(waiter.cost);
+            waiters.served.insert(number, admission);
+            wakers.push(waiter.waker);
+        }
+        let done = step(&mut waiters);
+        // A new front sets its timer anew: those before it may have left early.
+        if front.is_some()
+            && waiters.front() != front
+            && let Some(waiter) = waiters.waiting.values().next()
+        {
+            wakers.push(waiter.waker.clone());
+        }
+        self.waiting.store(waiters.waiting.len(), Ordering::Release);
+        drop(waiters);
+        wakers.into_iter().for_each(Waker::wake);
+        done
+    }
+
+    /// Has the front look at the clock again: what it waits for may come earlier now.
+    pub(super) fn wake_front(&self) {
+        if self.is_empty() {
+            return;
+        }
+        let waker = self.lock().waiting.values().next().map(|waiter| waiter.waker.clone());
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiters> {
+        self.waiters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Waiters {
+    fn front(&self) -> Option<u64> {
+        self.waiting.keys().next().copied()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// The cost of all that wait.
+    pub(super) fn cost(&self) -> u64 {
+        self.cost
+    }
+
+    /// Adds a waiter at the end; its number.
+    pub(super) fn join(&mut self, cost: u32, waker: Waker) -> u64 {
+        self.arrivals += 1;
+        self.cost += u64::from(cost);
+        let waiter = Waiter {
+            cost,
+            ticket: self.served_cost + self.cost,
+            waker,
+        };
+        self.waiting.insert(self.arrivals, waiter);
+        self.arrivals
+    }
+
+    /// A waiter's turn; if it has not come, the waiter is woken through `waker` from now on.
+    pub(super) fn turn(&mut self, number: u64, waker: &Waker) -> Turn {
+        if let Some(admission) = self.served.remove(&number) {
+            return Turn::Served(admission);
+        }
+        let front = self.front();
+        let served = self.served_cost;
+        match self.waiting.get_mut(&number) {
+            Some(waiter) => {
+                waiter.waker.clone_from(waker);
+                // Those who gave up in between leave the ticket too high; at the front the own cost is all there is.
+                let before = if front == Some(number) {
+                    waiter.cost.into()
+                } else {
+                    waiter.ticket.saturating_sub(served)
+                };
+                Turn::Waiting(before)
+            }
+            None => unreachable!("a waiter leaves by its own hand"),
+        }
+    }
+
+    /// Takes a waiter out; its admission, if it was served and did not fetch it.
+    pub(super) fn leave(&mut self, number: u64) -> Option<Admission> {
+        if let Some(waiter) = self.waiting.remove(&number) {
+            self.cost -= u64::from(waiter.cost);
+        }
+        self.served.remove(&number)
+    }
+}

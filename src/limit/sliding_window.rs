@@ -1,0 +1,301 @@
+use crate::{
+    clock::{Timestamp, nanos},
+    error::{ConfigError, duration, within},
+};
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+/// An exact sliding window: no stretch of `window`, wherever it begins, holds more than `max_requests` admissions.
+///
+/// A burst of the whole quota is allowed; the quota of one instant is back exactly one window later. Compare
+/// [`TokenBucket`](super::TokenBucket), which spreads the quota evenly.
+///
+/// ```
+/// use portcullis::{RateLimiter, SlidingWindow};
+/// use std::time::Duration;
+///
+/// let limiter = RateLimiter::new("api", SlidingWindow::new(100, Duration::from_secs(60)))?;
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+///
+/// 8 bytes for each request of the quota, allocated once; an admission takes the same time for a quota of ten and of ten
+/// million, one compare-and-swap and one store for each token it costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlidingWindow {
+    max_requests: u32,
+    window: Duration,
+}
+
+impl SlidingWindow {
+    /// At most `max_requests` (1 to 2²⁴) in any `window` (1 ns to 100 years).
+    #[must_use]
+    pub const fn new(max_requests: u32, window: Duration) -> Self {
+        Self { max_requests, window }
+    }
+
+    pub(super) fn max_requests(&self) -> u32 {
+        self.max_requests
+    }
+
+    pub(super) fn window(&self) -> Duration {
+        self.window
+    }
+
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        within("max_requests", self.max_requests, &(1..=1 << INDEX_BITS))?;
+        duration("window", self.window).map(|_| ())
+    }
+
+    pub(super) fn build(&self, now: Timestamp) -> Result<SlidingWindowState, ConfigError> {
+        self.validate()?;
+        let never = || AtomicU64::new(Slot { stamp: 0, odd: true }.pack());
+        Ok(SlidingWindowState {
+            start: now.nanos(),
+            window: nanos(self.window),
+            head: AtomicU64::new(0),
+            ring: std::iter::repeat_with(never).take(self.max_requests as usize).collect(),
+        })
+    }
+}
+
+/// A ring with the time of each of the last `max_requests` admissions.
+///
+/// *Why it is exact.* An admission overwrites the slot of an admission that is at least one window old. If N + 1 admissions lay
+/// within one window, two of them would share one of the N slots, and those two are a window apart.
+///
+/// *Protocol.* `head` is the position of the next admission: `lap << 24 | index`, so it only rises (a refund apart) and repeats
+/// only after 2⁴⁰ laps. An admission of n reads the n slots from the head on. Each must carry the mark of the lap
+/// before (one parity bit) and a stamp that is one window old; then it moves the head past them with one compare-and-swap, which
+/// makes them its own, and writes its stamps. A slot without the mark has been claimed and not yet written: its stamp is not
+/// known, so it is taken for new. Nobody waits for anybody.
+///
+/// The head's compare-and-swap is `AcqRel` and its load `Acquire`, so whoever sees a head sees what its makers saw; a stamp is
+/// stored with Release and loaded with Acquire, though only its own value matters.
+#[derive(Debug)]
+pub(super) struct SlidingWindowState {
+    /// Stamps count nanoseconds from one window before this instant, so that zero is old enough from the start.
+    start: u64,
+    window: u64,
+    head: AtomicU64,
+    ring: Box<[AtomicU64]>,
+}
+
+const INDEX_BITS: u32 = 24;
+
+/// A stamp in 63 bits, and the parity of the lap that wrote it.
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    stamp: u64,
+    odd: bool,
+}
+
+impl Slot {
+    const LATEST: u64 = u64::MAX >> 1;
+
+    fn pack(self) -> u64 {
+        self.stamp << 1 | u64::from(self.odd)
+    }
+
+    fn unpack(word: u64) -> Self {
+        Self {
+            stamp: word >> 1,
+            odd: word & 1 == 1,
+        }
+    }
+}
+
+/// A position on the endless walk round the ring.
+#[derive(Debug, Clone, Copy)]
+struct Position {
+    lap: u64,
+    index: usize,
+}
+
+/// A number of slots as an index; the ring has at most 2²⁴.
+fn index(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
+impl Position {
+    fn unpack(head: u64) -> Self {
+        Self {
+            lap: head >> INDEX_BITS,
+            index: index(head & ((1 << INDEX_BITS) - 1)),
+        }
+    }
+
+    fn pack(self) -> u64 {
+        self.lap << INDEX_BITS | self.index as u64
+    }
+
+    /// `n` slots on, at most one lap.
+    fn forward(self, n: usize, size: usize) -> Self {
+        let index = self.index + n;
+        if index < size {
+            Self { index, ..self }
+        } else {
+            Self {
+                lap: self.lap + 1,
+                index: index - size,
+            }
+        }
+    }
+
+    fn is_odd(self) -> bool {
+        self.lap & 1 == 1
+    }
+}
+
+/// What a refund needs to know of an admission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Admission {
+    head: u64,
+    stamp: u64,
+}
+
+impl SlidingWindowState {
+    fn stamp(&self, now: Timestamp) -> u64 {
+        let elapsed = now.nanos().saturating_sub(self.start);
+        elapsed.saturating_add(self.window).min(Slot::LATEST)
+    }
+
+    fn time(&self, stamp: u64) -> Timestamp {
+        Timestamp::from_nanos(self.start.saturating_add(stamp.saturating_sub(self.window)))
+    }
+
+    /// When the slot at this position may be used again, as a stamp.
+    fn free_from(&self, at: Position, now: u64) -> u64 {
+        let slot = Slot::unpack(self.ring[at.index].load(Ordering::Acquire));
+        let last = if slot.odd == at.is_odd() { now } else { slot.stamp };
+        last.saturating_add(self.window)
+    }
+
+    /// The latest moment at which one of `n` slots from the head on is free.
+    fn all_free_from(&self, head: Position, n: usize, now: u64) -> u64 {
+        (0..n)
+            .map(|ahead| self.free_from(head.forward(ahead, self.ring.len()), now))
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Admits `cost` requests (no more than the quota), or tells when it will for a caller alone.
+    pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<Admission, Timestamp> {
+        let (cost, stamp) = (index(cost.into()), self.stamp(now));
+        let mut head = self.head.load(Ordering::Acquire);
+        loop {
+            let first = Position::unpack(head);
+            let free = self.all_free_from(first, cost, stamp);
+            if stamp < free {
+                // A head that moved meanwhile made these slots somebody else's news.
+                let latest = self.head.load(Ordering::Acquire);
+                if latest == head {
+                    return Err(self.time(free));
+                }
+                head = latest;
+                continue;
+            }
+            let next = first.forward(cost, self.ring.len()).pack();
+            match self
+                .head
+                .compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => {
+                    for ahead in 0..cost {
+                        let at = first.forward(ahead, self.ring.len());
+                        let slot = Slot {
+                            stamp,
+                            odd: at.is_odd(),
+                        };
+                        self.ring[at.index].store(slot.pack(), Ordering::Release);
+                    }
+                    return Ok(Admission { head, stamp });
+                }
+                Err(latest) => head = latest,
+            }
+        }
+    }
+
+    /// Takes an admission back if it is the newest; `false` if others have come since, and it stays.
+    ///
+    /// The slots first get back a stamp that is just old enough, with the mark of the lap before; then the head steps back. If
+    /// somebody was quicker, the stamps are put right again, each only where nobody has written meanwhile. Until then the slots
+    /// count as claimed and not written: for others, new.
+    pub(super) fn give_back(&self, admission: Admission, cost: u32) -> bool {
+        let first = Position::unpack(admission.head);
+        let cost = index(cost.into());
+        let after = first.forward(cost, self.ring.len()).pack();
+        if self.head.load(Ordering::Acquire) != after {
+            return false;
+        }
+        let words = |at: Position| {
+            let old = admission.stamp.saturating_sub(self.window);
+            let free = Slot {
+                stamp: old,
+                odd: !at.is_odd(),
+            };
+            let taken = Slot {
+                stamp: admission.stamp,
+                odd: at.is_odd(),
+            };
+            (free.pack(), taken.pack())
+        };
+        let slots = (0..cost).map(|ahead| first.forward(ahead, self.ring.len()));
+        for at in slots.clone() {
+            let (free, taken) = words(at);
+            let slot = &self.ring[at.index];
+            let _ = slot.compare_exchange(taken, free, Ordering::AcqRel, Ordering::Acquire);
+        }
+        let back = self
+            .head
+            .compare_exchange(after, admission.head, Ordering::AcqRel, Ordering::Acquire);
+        if back.is_ok() {
+            return true;
+        }
+        for at in slots {
+            let (free, taken) = words(at);
+            let slot = &self.ring[at.index];
+            let _ = slot.compare_exchange(free, taken, Ordering::AcqRel, Ordering::Acquire);
+        }
+        false
+    }
+
+    /// When `cost` more admissions will have found room, one after the other; may be more than the quota.
+    pub(super) fn due(&self, cost: u64, now: Timestamp) -> Timestamp {
+        let Some(ahead) = cost.checked_sub(1) else {
+            return now;
+        };
+        let head = Position::unpack(self.head.load(Ordering::Acquire));
+        let size = self.ring.len() as u64;
+        let (laps, slot) = (ahead / size, ahead % size);
+        let stamp = self.stamp(now);
+        let free = self
+            .free_from(head.forward(index(slot), self.ring.len()), stamp)
+            .max(stamp);
+        self.time(free.saturating_add(self.window.saturating_mul(laps)))
+    }
+
+    /// When `cost` requests, no more than the quota, would be admitted at once; now or later.
+    pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
+        let head = Position::unpack(self.head.load(Ordering::Acquire));
+        self.time(self.all_free_from(head, index(cost.into()), self.stamp(now)))
+            .max(now)
+    }
+
+    /// How many requests would be admitted now. Stamps rise along the ring, but for threads that lie behind: a binary search.
+    pub(super) fn available(&self, now: Timestamp) -> usize {
+        let head = Position::unpack(self.head.load(Ordering::Acquire));
+        let stamp = self.stamp(now);
+        let (mut free, mut beyond) = (0, self.ring.len());
+        while free < beyond {
+            let middle = free.midpoint(beyond);
+            if self.free_from(head.forward(middle, self.ring.len()), stamp) <= stamp {
+                free = middle + 1;
+            } else {
+                beyond = middle;
+            }
+        }
+        free
+    }
+}

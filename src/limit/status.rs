@@ -1,0 +1,146 @@
+use super::{Algorithm, Core, counter};
+use crate::{clock::Timestamp, name::Name, rejected::Rejected};
+use std::time::Duration;
+
+/// A rate limiter at one moment: from [`RateLimiter::status`](crate::RateLimiter::status).
+///
+/// It tells what the next `try_acquire` would meet. Durations are serialized in seconds, rates that do not exist yet as `null`.
+///
+/// ```
+/// # use portcullis::{RateLimiter, TokenBucket};
+/// # use std::time::Duration;
+/// let limiter = RateLimiter::new("search", TokenBucket::new(100, Duration::from_secs(60)))?;
+/// let status = limiter.status();
+/// assert_eq!((status.rate, status.available_tokens, status.retry_after), (100.0, 100.0, None));
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct RateLimiterStatus {
+    /// The service's name.
+    pub service: Name,
+    /// The limit's name.
+    pub name: Name,
+    /// The algorithm: `token_bucket`, `sliding_window` or `adaptive`.
+    #[cfg_attr(feature = "serde", serde(rename = "type"))]
+    pub kind: &'static str,
+    /// Requests per [`period`](Self::period); of an adaptive limiter, as it stands now.
+    pub rate: f64,
+    /// What the rate counts requests per.
+    #[cfg_attr(
+        feature = "serde",
+        serde(rename = "period_seconds", serialize_with = "crate::numbers::seconds")
+    )]
+    pub period: Duration,
+    /// The most that is admitted at once.
+    pub burst: u32,
+    /// How many requests would be admitted now.
+    pub available_tokens: f64,
+    /// How long until the next `try_acquire` would be admitted, if it would be rejected now.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "crate::numbers::optional_seconds"))]
+    pub retry_after: Option<Duration>,
+    /// How many wait in line.
+    pub waiting: usize,
+    /// Requests admitted over the life of the limiter. As all counters, it only ever grows.
+    pub accepted_requests: u64,
+    /// What the admitted requests cost together, as reserved.
+    pub accepted_cost: u64,
+    /// Requests, among the admitted, that were given back unused.
+    pub returned_requests: u64,
+    /// Requests rejected.
+    pub rejected_requests: u64,
+    /// The rejected requests by reason.
+    pub rejected: RejectedByLimit,
+    /// Accepted by all requests, in percent; `None` while there were none.
+    pub acceptance_rate: Option<f64>,
+    /// What the limiter was made of.
+    pub config: Algorithm,
+}
+
+/// Rejected requests by reason; part of [`RateLimiterStatus`].
+///
+/// ```
+/// # use portcullis::{RateLimiter, TokenBucket};
+/// # use std::time::Duration;
+/// let limiter = RateLimiter::new("search", TokenBucket::new(1, Duration::from_secs(60)))?;
+/// limiter.try_acquire_n(2).unwrap_err();
+/// assert_eq!(limiter.status().rejected.cost_exceeds_burst, 1);
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct RejectedByLimit {
+    /// The limit had no room.
+    pub over_limit: u64,
+    /// The cost was above the burst.
+    pub cost_exceeds_burst: u64,
+}
+
+impl RateLimiterStatus {
+    pub(super) fn new(core: &Core, now: Timestamp, refusal: Option<Rejected>, count: impl Fn(usize) -> u64) -> Self {
+        let (limit, period) = match &core.algorithm {
+            Algorithm::TokenBucket(config) => (config.limit(), config.period()),
+            Algorithm::SlidingWindow(config) => (config.max_requests(), config.window()),
+            Algorithm::Adaptive(config) => (config.base_rate(), config.period()),
+        };
+        let rejected = RejectedByLimit {
+            over_limit: count(counter::REJECTED_OVER_LIMIT),
+            cost_exceeds_burst: count(counter::REJECTED_COST),
+        };
+        let accepted_requests = count(counter::ACCEPTED);
+        let rejected_requests = rejected.over_limit + rejected.cost_exceeds_burst;
+        Self {
+            service: core.service.clone(),
+            name: core.limit.clone(),
+            kind: core.algorithm.as_str(),
+            rate: core.state.adaptive_rate(now).unwrap_or(limit.into()),
+            period,
+            burst: core.algorithm.largest(),
+            available_tokens: core.state.available(now),
+            retry_after: refusal.and_then(|refusal| refusal.retry_after),
+            waiting: core.queue.len(),
+            accepted_requests,
+            accepted_cost: count(counter::ACCEPTED_COST),
+            returned_requests: count(counter::RETURNED),
+            rejected_requests,
+            rejected,
+            acceptance_rate: crate::numbers::percent(accepted_requests, accepted_requests + rejected_requests),
+            config: core.algorithm,
+        }
+    }
+}
+
+#[cfg(feature = "serde")]
+impl serde::Serialize for Algorithm {
+    /// The settings with every default spelt out; durations in seconds.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeMap;
+        let mut out = serializer.serialize_map(None)?;
+        match self {
+            Self::TokenBucket(config) => {
+                out.serialize_entry("rate", &config.limit())?;
+                out.serialize_entry("per_seconds", &config.period().as_secs_f64())?;
+                out.serialize_entry("burst_size", &config.largest())?;
+            }
+            Self::SlidingWindow(config) => {
+                out.serialize_entry("max_requests", &config.max_requests())?;
+                out.serialize_entry("window_seconds", &config.window().as_secs_f64())?;
+            }
+            Self::Adaptive(config) => {
+                let (error_threshold, adjustment_factor, minimum_calls) = config.thresholds();
+                out.serialize_entry("base_rate", &config.base_rate())?;
+                out.serialize_entry("min_rate", &config.lowest())?;
+                out.serialize_entry("max_rate", &config.highest())?;
+                out.serialize_entry("burst_size", &config.largest())?;
+                out.serialize_entry("window_seconds", &config.period().as_secs_f64())?;
+                out.serialize_entry("error_threshold", &error_threshold)?;
+                out.serialize_entry("adjustment_factor", &adjustment_factor)?;
+                out.serialize_entry("minimum_calls", &minimum_calls)?;
+                out.serialize_entry("cancelled", config.cancelled_outcome().as_str())?;
+            }
+        }
+        out.end()
+    }
+}

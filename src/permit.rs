@@ -1,0 +1,207 @@
+use crate::{
+    clock::Reading,
+    rejected::{Error, Rejected},
+};
+use pin_project_lite::pin_project;
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+/// How a call ended, as far as its policy is concerned.
+///
+/// ```
+/// # use portcullis::{CircuitBreaker, Outcome};
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// breaker.try_acquire()?.settle(Outcome::Ignored); // a 404, say: neither for nor against the service
+/// assert_eq!(breaker.status().metrics.ignored_requests, 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// The service did its work.
+    Success,
+    /// The service failed.
+    Failure,
+    /// Says nothing about the service's health: a refusal by the caller's own side, a bad request.
+    Ignored,
+}
+
+impl Outcome {
+    /// The outcome as metrics and JSON spell it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Failure => "failure",
+            Self::Ignored => "ignored",
+        }
+    }
+
+    /// What the default classifiers say: an error is a failure, unless it is a rejection by another portcullis policy, which
+    /// is a local refusal and says nothing about the service.
+    pub(crate) fn of<T, E: 'static>(result: &Result<T, E>) -> Self {
+        match result {
+            Ok(_) => Self::Success,
+            Err(error) if Rejected::find_in(error).is_some() => Self::Ignored,
+            Err(_) => Self::Failure,
+        }
+    }
+}
+
+/// All that is told to a permit at the end of its call: the outcome, and what else is known.
+///
+/// ```
+/// # use portcullis::{Outcome, Verdict};
+/// # use std::time::Duration;
+/// let verdict = Verdict::new(Outcome::Failure).retry_after(Duration::from_secs(30));
+/// assert_eq!(verdict.outcome, Outcome::Failure);
+/// assert_eq!(Verdict::from(Outcome::Success), Verdict::new(Outcome::Success));
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Verdict {
+    /// How the call ended.
+    pub outcome: Outcome,
+    /// What the call cost in truth, where that is known only now. A token bucket charges or returns the difference to what
+    /// was reserved; a sliding window keeps what it admitted.
+    pub cost: Option<u32>,
+    /// When the service asked to be left alone until. A breaker that honours it opens for at least so long.
+    pub retry_after: Option<Duration>,
+}
+
+impl Verdict {
+    /// A verdict of which only the outcome is known.
+    #[must_use]
+    pub const fn new(outcome: Outcome) -> Self {
+        Self {
+            outcome,
+            cost: None,
+            retry_after: None,
+        }
+    }
+
+    /// States the true cost.
+    #[must_use]
+    pub const fn cost(mut self, cost: u32) -> Self {
+        self.cost = Some(cost);
+        self
+    }
+
+    /// States how long the service asked to be left alone.
+    #[must_use]
+    pub const fn retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
+    }
+}
+
+impl From<Outcome> for Verdict {
+    fn from(outcome: Outcome) -> Self {
+        Self::new(outcome)
+    }
+}
+
+/// Leave to make one call. Every permit ends in exactly one of three ways; dropping it is the second.
+///
+/// Sealed for now: [`CircuitBreakerPermit`](crate::CircuitBreakerPermit), [`RateLimitPermit`](crate::RateLimitPermit) and pairs
+/// of permits implement it.
+pub trait Permit: Sized + crate::sealed::Sealed {
+    /// The call ended, and this is how.
+    fn settle(self, verdict: Verdict, now: &Reading);
+    /// The call was begun and abandoned: nobody waits for its result any more.
+    fn cancel(self, now: &Reading);
+    /// The call was never begun. What the permit took is given back as if it had not been asked for.
+    fn unused(self, now: &Reading);
+}
+
+impl<A: Permit, B: Permit> Permit for (A, B) {
+    fn settle(self, verdict: Verdict, now: &Reading) {
+        self.0.settle(verdict, now);
+        self.1.settle(verdict, now);
+    }
+    fn cancel(self, now: &Reading) {
+        self.0.cancel(now);
+        self.1.cancel(now);
+    }
+    fn unused(self, now: &Reading) {
+        self.0.unused(now);
+        self.1.unused(now);
+    }
+}
+
+/// A permit in charge of a running call: dropped, the call was cancelled.
+struct Held<P: Permit>(Option<P>);
+
+impl<P: Permit> Drop for Held<P> {
+    fn drop(&mut self) {
+        if let Some(permit) = self.0.take() {
+            permit.cancel(&Reading::new());
+        }
+    }
+}
+
+/// Settles the permit as a failure when dropped, which only an unwinding call does: the others forget it. The permit itself
+/// would be dropped too late to know of the panic: after `catch_unwind`, with the future.
+struct OnUnwind<'a, P: Permit>(&'a mut Held<P>);
+
+impl<P: Permit> Drop for OnUnwind<'_, P> {
+    fn drop(&mut self) {
+        if let Some(permit) = self.0.0.take() {
+            permit.settle(Outcome::Failure.into(), &Reading::new());
+        }
+    }
+}
+
+impl<P: Permit> Held<P> {
+    fn failing_on_unwind<T>(&mut self, step: impl FnOnce() -> T) -> T {
+        let unwind = OnUnwind(self);
+        let done = step();
+        std::mem::forget(unwind);
+        done
+    }
+}
+
+pin_project! {
+    /// A running call and its permit: hands both results out together, and on every other path (panic, drop) settles the
+    /// permit itself.
+    pub(crate) struct Watch<F, P: Permit> {
+        #[pin]
+        future: F,
+        held: Held<P>,
+    }
+}
+
+impl<F, P: Permit> Watch<F, P> {
+    /// Makes the call. A panic inside `call` fails the permit as one inside the future does.
+    pub(crate) fn start(permit: P, call: impl FnOnce() -> F) -> Self {
+        let mut held = Held(Some(permit));
+        let future = held.failing_on_unwind(call);
+        Self { future, held }
+    }
+}
+
+impl<F: Future, P: Permit> Future for Watch<F, P> {
+    type Output = (F::Output, P);
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let future = this.future;
+        let output = ready!(this.held.failing_on_unwind(|| future.poll(cx)));
+        let permit = this.held.0.take().expect("polled after it was ready");
+        Poll::Ready((output, permit))
+    }
+}
+
+/// Makes a call under a permit and settles it: what `call_with` does on every handle.
+pub(crate) async fn run<P: Permit, T, E, V: Into<Verdict>>(
+    permit: P,
+    classify: impl FnOnce(&Result<T, E>) -> V,
+    future: impl Future<Output = Result<T, E>>,
+) -> Result<T, Error<E>> {
+    let (result, permit) = Watch::start(permit, || future).await;
+    permit.settle(classify(&result).into(), &Reading::new());
+    result.map_err(Error::Inner)
+}

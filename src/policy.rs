@@ -1,0 +1,306 @@
+//! What a guard asks before it lets a call through.
+//!
+//! A [`CircuitBreaker`] is a policy, a [`RateLimiter`] is one, a limiter that [waits](Waiting) is one, and a pair of policies is one.
+
+use crate::{
+    breaker::{CircuitBreaker, CircuitBreakerPermit, Reservation},
+    clock::Reading,
+    limit::{Acquire, RateLimitPermit, RateLimiter},
+    permit::{Permit, Verdict},
+    rejected::Rejected,
+    sealed::Sealed,
+};
+use std::{
+    convert::Infallible,
+    future::Future,
+    marker::PhantomData,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+use tower_service::Service;
+
+/// The part of a policy that needs no request: what happens in `poll_ready`. Sealed for now.
+pub trait Gate: Sealed {
+    /// What a readied service holds until it is called. Dropped, it is given back.
+    type Reserved;
+
+    /// Keeps or renews what is held, or refuses. A refusal leaves no trace: one call may ask many times.
+    ///
+    /// # Errors
+    ///
+    /// The rejection that the call would meet: the inner service need not be asked whether it is ready.
+    fn reserve(&self, held: Option<Self::Reserved>, now: &Reading) -> Result<Self::Reserved, Rejected>;
+
+    /// Counts a rejection that [`reserve`](Self::reserve) or [`Policy::refusal`] gave, if it is of this policy.
+    fn count(&self, why: &Rejected, now: &Reading) -> bool;
+
+    /// Records that the inner service failed to become ready.
+    fn unready(&self, reserved: Self::Reserved, verdict: Verdict, now: &Reading);
+}
+
+/// Admits or rejects calls. Sealed for now.
+///
+/// A policy that must see the request to know whether it refuses cannot do so in `poll_ready`: its callers wait for the inner
+/// service to be ready first.
+pub trait Policy<Req>: Gate {
+    /// Leave to make one call.
+    type Permit: Permit;
+    /// A permit that comes later. [`Never`] for a policy that answers at once.
+    type Wait: Future<Output = Result<Self::Permit, Rejected>>;
+
+    /// The rejection that [`admit`](Self::admit) would answer with, without taking or counting anything.
+    fn refusal(&self, reserved: &Self::Reserved, request: &Req, now: &Reading) -> Option<Rejected>;
+
+    /// Admits a call, now or later, or rejects and counts it.
+    fn admit(&self, reserved: Self::Reserved, request: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait>;
+}
+
+/// A policy's answer to a call.
+#[derive(Debug)]
+pub enum Admit<P, W> {
+    /// Make it.
+    Now(P),
+    /// Make it when this says so.
+    Later(W),
+    /// Do not make it.
+    Rejected(Rejected),
+}
+
+impl<P, W> From<Result<P, Rejected>> for Admit<P, W> {
+    fn from(answer: Result<P, Rejected>) -> Self {
+        match answer {
+            Ok(permit) => Self::Now(permit),
+            Err(why) => Self::Rejected(why),
+        }
+    }
+}
+
+/// The wait of a policy that never waits.
+#[derive(Debug)]
+pub struct Never<P>(Infallible, PhantomData<fn() -> P>);
+
+impl<P> Future for Never<P> {
+    type Output = Result<P, Rejected>;
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.0 {}
+    }
+}
+
+/// What is kept while a policy waits: nothing for [`Never`]; the readied service and the request for a real wait, which
+/// therefore needs a service that is `Clone`.
+pub trait Hold<S: Service<Req>, Req>: Sized {
+    /// The service and the request, or nothing.
+    type Held;
+
+    /// Takes the readied service out, leaving a clone in its place.
+    fn hold(&self, service: &mut S, request: Req) -> Self::Held;
+
+    /// Makes the call.
+    fn call(held: Self::Held) -> S::Future;
+
+    /// Gives the request back: it was rejected after all.
+    fn request(held: Self::Held) -> Req;
+}
+
+impl<S: Service<Req>, Req, P> Hold<S, Req> for Never<P> {
+    type Held = Infallible;
+    fn hold(&self, _: &mut S, _: Req) -> Infallible {
+        match self.0 {}
+    }
+    fn call(held: Infallible) -> S::Future {
+        match held {}
+    }
+    fn request(held: Infallible) -> Req {
+        match held {}
+    }
+}
+
+impl<S: Service<Req> + Clone, Req> Hold<S, Req> for Acquire {
+    type Held = (S, Req);
+    fn hold(&self, service: &mut S, request: Req) -> (S, Req) {
+        let clone = service.clone();
+        (std::mem::replace(service, clone), request)
+    }
+    fn call((mut service, request): (S, Req)) -> S::Future {
+        service.call(request)
+    }
+    fn request((_, request): (S, Req)) -> Req {
+        request
+    }
+}
+
+impl Sealed for CircuitBreaker {}
+
+impl Gate for CircuitBreaker {
+    type Reserved = Reservation;
+
+    fn reserve(&self, held: Option<Reservation>, now: &Reading) -> Result<Reservation, Rejected> {
+        CircuitBreaker::reserve(self, held, now)
+    }
+
+    fn count(&self, why: &Rejected, now: &Reading) -> bool {
+        let own = why.limit.is_none() && why.service == *self.name();
+        if own {
+            CircuitBreaker::count(self, why, now);
+        }
+        own
+    }
+
+    fn unready(&self, reserved: Reservation, verdict: Verdict, now: &Reading) {
+        // Rejected meanwhile: then it is not this service's call that failed.
+        if let Ok(permit) = self.redeem_uncounted(reserved, now) {
+            Permit::settle(permit, verdict, now);
+        }
+    }
+}
+
+impl<Req> Policy<Req> for CircuitBreaker {
+    type Permit = CircuitBreakerPermit;
+    type Wait = Never<CircuitBreakerPermit>;
+
+    fn refusal(&self, reserved: &Reservation, _: &Req, now: &Reading) -> Option<Rejected> {
+        if reserved.still_holds(now) {
+            None
+        } else {
+            self.peek(now)
+        }
+    }
+
+    fn admit(&self, reserved: Reservation, _: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {
+        self.redeem(reserved, now).into()
+    }
+}
+
+impl Sealed for RateLimiter {}
+
+impl Gate for RateLimiter {
+    type Reserved = ();
+
+    fn reserve(&self, _: Option<()>, _: &Reading) -> Result<(), Rejected> {
+        Ok(())
+    }
+
+    fn count(&self, why: &Rejected, now: &Reading) -> bool {
+        let own = why.limit.as_ref() == Some(self.limit()) && why.service == *self.name();
+        if own {
+            RateLimiter::count(self, why, now);
+        }
+        own
+    }
+
+    fn unready(&self, (): (), _: Verdict, _: &Reading) {}
+}
+
+impl<Req> Policy<Req> for RateLimiter {
+    type Permit = RateLimitPermit;
+    type Wait = Never<RateLimitPermit>;
+
+    fn refusal(&self, (): &(), _: &Req, now: &Reading) -> Option<Rejected> {
+        self.peek(1, now)
+    }
+
+    fn admit(&self, (): (), _: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {
+        self.acquire_at(1, now).into()
+    }
+}
+
+/// A rate limiter that lets calls wait their turn, up to a time; from [`GuardLayer::wait`](crate::GuardLayer::wait).
+#[derive(Debug, Clone)]
+pub struct Waiting {
+    limiter: RateLimiter,
+    max_wait: Duration,
+}
+
+impl Waiting {
+    pub(crate) fn new(limiter: RateLimiter, max_wait: Duration) -> Self {
+        Self { limiter, max_wait }
+    }
+}
+
+impl Sealed for Waiting {}
+
+impl Gate for Waiting {
+    type Reserved = ();
+
+    fn reserve(&self, _: Option<()>, _: &Reading) -> Result<(), Rejected> {
+        Ok(())
+    }
+
+    fn count(&self, why: &Rejected, now: &Reading) -> bool {
+        Gate::count(&self.limiter, why, now)
+    }
+
+    fn unready(&self, (): (), _: Verdict, _: &Reading) {}
+}
+
+impl<Req> Policy<Req> for Waiting {
+    type Permit = RateLimitPermit;
+    type Wait = Acquire;
+
+    fn refusal(&self, (): &(), _: &Req, _: &Reading) -> Option<Rejected> {
+        None
+    }
+
+    fn admit(&self, (): (), _: &Req, _: &Reading) -> Admit<Self::Permit, Self::Wait> {
+        Admit::Later(self.limiter.acquire_within(1, self.max_wait))
+    }
+}
+
+impl<A: Sealed, B: Sealed> Sealed for (A, B) {}
+
+impl<A: Gate, B: Gate> Gate for (A, B) {
+    type Reserved = (A::Reserved, B::Reserved);
+
+    fn reserve(&self, held: Option<Self::Reserved>, now: &Reading) -> Result<Self::Reserved, Rejected> {
+        let (first, second) = held.unzip();
+        // A refusal by the second drops, and so returns, what the first reserved.
+        Ok((self.0.reserve(first, now)?, self.1.reserve(second, now)?))
+    }
+
+    fn count(&self, why: &Rejected, now: &Reading) -> bool {
+        self.0.count(why, now) || self.1.count(why, now)
+    }
+
+    fn unready(&self, (first, second): Self::Reserved, verdict: Verdict, now: &Reading) {
+        self.0.unready(first, verdict, now);
+        self.1.unready(second, verdict, now);
+    }
+}
+
+/// Two policies as one: both must admit. Each is asked whether it refuses before any gives, and what the first gave is returned
+/// if the second refuses all the same. Pairs nest. A policy that waits cannot be in a pair: give it a layer of its own.
+impl<Req, A, B> Policy<Req> for (A, B)
+where
+    A: Policy<Req, Wait = Never<<A as Policy<Req>>::Permit>>,
+    B: Policy<Req, Wait = Never<<B as Policy<Req>>::Permit>>,
+{
+    type Permit = (A::Permit, B::Permit);
+    type Wait = Never<Self::Permit>;
+
+    fn refusal(&self, (first, second): &Self::Reserved, request: &Req, now: &Reading) -> Option<Rejected> {
+        self.0
+            .refusal(first, request, now)
+            .or_else(|| self.1.refusal(second, request, now))
+    }
+
+    fn admit(&self, reserved: Self::Reserved, request: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {
+        if let Some(why) = self.refusal(&reserved, request, now) {
+            self.count(&why, now);
+            return Admit::Rejected(why);
+        }
+        let first = match self.0.admit(reserved.0, request, now) {
+            Admit::Now(permit) => permit,
+            Admit::Rejected(why) => return Admit::Rejected(why),
+            Admit::Later(never) => match never.0 {},
+        };
+        match self.1.admit(reserved.1, request, now) {
+            Admit::Now(second) => Admit::Now((first, second)),
+            Admit::Rejected(why) => {
+                first.unused(now);
+                Admit::Rejected(why)
+            }
+            Admit::Later(never) => match never.0 {},
+        }
+    }
+}

@@ -1,0 +1,504 @@
+use crate::{
+    breaker::{CircuitBreaker, CircuitBreakerConfig},
+    clock::Clock,
+    error::ConfigError,
+    event::{Event, Events, Listener, ListenerId},
+    limit::{Algorithm, RateLimiter},
+    metrics::{self, MetricsFormat},
+    name::Name,
+    state::State,
+    status::{RegistryStatus, ServiceStatus},
+};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+};
+
+/// Every breaker and limiter of a program by the name of the service it guards.
+///
+/// A cheap handle: clones are one registry. The same name is the same state, from every layer, route and thread. The registry is
+/// asked when a service is put together and when somebody looks; no call ever passes through it.
+///
+/// ```
+/// use portcullis::{CircuitBreakerConfig, Registry, TokenBucket};
+/// use std::time::Duration;
+///
+/// let registry = Registry::new();
+/// for agent in ["research", "data_processing", "summarizer"] {
+///     registry.circuit_breaker(agent, CircuitBreakerConfig::default().failure_threshold(3))?;
+///     registry.rate_limiter(agent, TokenBucket::new(50, Duration::from_secs(60)))?;
+/// }
+/// registry.get_circuit_breaker("research").unwrap().force_open();
+/// assert_eq!(registry.open_circuits(), ["research"]);
+///
+/// let status = registry.status();
+/// let names: Vec<_> = status.services.keys().map(|name| name.as_str()).collect();
+/// assert_eq!(names, ["data_processing", "research", "summarizer"]);
+/// # Ok::<(), portcullis::RegistryError>(())
+/// ```
+#[derive(Clone, Default)]
+pub struct Registry {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    clock: Clock,
+    entries: RwLock<Entries>,
+}
+
+#[derive(Default)]
+struct Entries {
+    services: BTreeMap<Name, Entry>,
+    /// Given to every breaker and limiter, present and to come.
+    listeners: Vec<Listener>,
+}
+
+#[derive(Default, Clone)]
+struct Entry {
+    breaker: Option<CircuitBreaker>,
+    limiters: BTreeMap<Name, RateLimiter>,
+}
+
+/// Why a registry did not take or make a breaker or limiter. Nothing has changed then.
+///
+/// ```
+/// # use portcullis::{CircuitBreakerConfig, Registry, RegistryError};
+/// let registry = Registry::new();
+/// registry.circuit_breaker("search", CircuitBreakerConfig::default())?;
+/// let other = CircuitBreakerConfig::default().failure_threshold(9);
+/// let error = registry.circuit_breaker("search", other).unwrap_err();
+/// assert!(matches!(error, RegistryError::Conflict { .. }));
+/// assert!(error.to_string().contains("9"), "both configs are shown");
+/// # Ok::<(), RegistryError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RegistryError {
+    /// A setting or a name is not valid.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The name is in use with another config.
+    #[error("{what} of {service:?} exists with another config: it has {existing}, asked for was {requested}")]
+    Conflict {
+        /// The service's name.
+        service: Name,
+        /// `the circuit breaker`, or the rate limit by name.
+        what: String,
+        /// The config that it has.
+        existing: String,
+        /// The config that was asked for.
+        requested: String,
+    },
+    /// The name is in use by another breaker or limiter than the one to be registered.
+    #[error("{what} of {service:?} exists already, with a state of its own")]
+    Taken {
+        /// The service's name.
+        service: Name,
+        /// `the circuit breaker`, or the rate limit by name.
+        what: String,
+    },
+}
+
+const THE_BREAKER: &str = "the circuit breaker";
+
+fn the_limit(limit: &str) -> String {
+    format!("the rate limit {limit:?}")
+}
+
+/// A breaker or limiter built elsewhere: what [`Registry::register`] takes.
+///
+/// ```
+/// # use portcullis::{CircuitBreaker, Registry};
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// Registry::new().register(breaker)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Registrable {
+    /// A circuit breaker, by its service's name.
+    CircuitBreaker(CircuitBreaker),
+    /// A rate limiter, by its service's and its limit's name.
+    RateLimiter(RateLimiter),
+}
+
+impl From<CircuitBreaker> for Registrable {
+    fn from(breaker: CircuitBreaker) -> Self {
+        Self::CircuitBreaker(breaker)
+    }
+}
+impl From<&CircuitBreaker> for Registrable {
+    fn from(breaker: &CircuitBreaker) -> Self {
+        breaker.clone().into()
+    }
+}
+impl From<RateLimiter> for Registrable {
+    fn from(limiter: RateLimiter) -> Self {
+        Self::RateLimiter(limiter)
+    }
+}
+impl From<&RateLimiter> for Registrable {
+    fn from(limiter: &RateLimiter) -> Self {
+        limiter.clone().into()
+    }
+}
+
+impl Registry {
+    /// An empty registry, whose breakers and limiters read [`Clock::system`].
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// An empty registry, whose breakers and limiters read this clock.
+    ///
+    /// ```
+    /// # use portcullis::{Clock, Registry};
+    /// let clock = Clock::manual();
+    /// let registry = Registry::with_clock(&clock);
+    /// ```
+    #[must_use]
+    pub fn with_clock(clock: impl Into<Clock>) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                clock: clock.into(),
+                entries: RwLock::default(),
+            }),
+        }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Entries> {
+        self.shared.entries.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Entries> {
+        self.shared.entries.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn entry(&self, service: &str) -> Option<Entry> {
+        self.read().services.get(service).cloned()
+    }
+
+    /// The breaker of that service, made now if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`RegistryError::Config`] for a setting or name that is not valid, [`RegistryError::Conflict`] if the breaker there has
+    /// another config (after a [`reconfigure`](CircuitBreaker::reconfigure): than the new one).
+    pub fn circuit_breaker(
+        &self,
+        service: impl Into<String>,
+        config: CircuitBreakerConfig,
+    ) -> Result<CircuitBreaker, RegistryError> {
+        let builder = CircuitBreaker::builder(service).config(config);
+        let made = builder.clock(&self.shared.clock).build()?;
+        let mut entries = self.write();
+        match entries.breaker(made.name()) {
+            Some(existing) if existing.matches(&made.config()) => Ok(existing.clone()),
+            Some(existing) => Err(RegistryError::Conflict {
+                service: made.name().clone(),
+                what: THE_BREAKER.into(),
+                existing: format!("{:?}", existing.config()),
+                requested: format!("{:?}", made.config()),
+            }),
+            None => {
+                entries.insert_breaker(made.clone());
+                Ok(made)
+            }
+        }
+    }
+
+    /// The rate limiter of that service, made now if there is none. Its limit is named `default`.
+    ///
+    /// # Errors
+    ///
+    /// As [`circuit_breaker`](Self::circuit_breaker).
+    pub fn rate_limiter(
+        &self,
+        service: impl Into<String>,
+        algorithm: impl Into<Algorithm>,
+    ) -> Result<RateLimiter, RegistryError> {
+        self.named_rate_limiter(service, DEFAULT_LIMIT, algorithm)
+    }
+
+    /// One of several rate limiters of a service, made now if there is none of that name.
+    ///
+    /// ```
+    /// # use portcullis::{Registry, SlidingWindow, TokenBucket};
+    /// # use std::time::Duration;
+    /// let registry = Registry::new();
+    /// registry.named_rate_limiter("search", "per-second", TokenBucket::new(10, Duration::from_secs(1)))?;
+    /// registry.named_rate_limiter("search", "daily", SlidingWindow::new(10_000, Duration::from_secs(86_400)))?;
+    /// assert_eq!(registry.get_rate_limiters("search").len(), 2);
+    /// # Ok::<(), portcullis::RegistryError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`circuit_breaker`](Self::circuit_breaker).
+    pub fn named_rate_limiter(
+        &self,
+        service: impl Into<String>,
+        limit: impl Into<String>,
+        algorithm: impl Into<Algorithm>,
+    ) -> Result<RateLimiter, RegistryError> {
+        let (service, limit, algorithm) = (service.into(), limit.into(), algorithm.into());
+        // Looked up first: a window's ring may be large, and is made only where it is needed.
+        if let Some(existing) = self.get_named_rate_limiter(&service, &limit) {
+            return existing_limiter(&existing, algorithm);
+        }
+        let builder = RateLimiter::builder(service, algorithm).limit(limit);
+        let made = builder.clock(&self.shared.clock).build()?;
+        let mut entries = self.write();
+        if let Some(existing) = entries.limiter(made.name(), made.limit()) {
+            return existing_limiter(existing, algorithm);
+        }
+        entries.insert_limiter(made.clone());
+        Ok(made)
+    }
+
+    /// Takes in a breaker or limiter that was built elsewhere. To take in the same one again is no error.
+    ///
+    /// # Errors
+    ///
+    /// [`RegistryError::Taken`] if the name is in use by another one, even one with an equal config: the states differ.
+    pub fn register(&self, handle: impl Into<Registrable>) -> Result<(), RegistryError> {
+        let mut entries = self.write();
+        let taken = |service: &Name, what: String| RegistryError::Taken {
+            service: service.clone(),
+            what,
+        };
+        match handle.into() {
+            Registrable::CircuitBreaker(breaker) => match entries.breaker(breaker.name()) {
+                Some(existing) if existing.same(&breaker) => {}
+                Some(existing) => return Err(taken(existing.name(), THE_BREAKER.into())),
+                None => entries.insert_breaker(breaker),
+            },
+            Registrable::RateLimiter(limiter) => match entries.limiter(limiter.name(), limiter.limit()) {
+                Some(existing) if existing.same(&limiter) => {}
+                Some(existing) => return Err(taken(existing.name(), the_limit(existing.limit()))),
+                None => entries.insert_limiter(limiter),
+            },
+        }
+        Ok(())
+    }
+
+    /// The breaker of that service, if there is one.
+    #[must_use]
+    pub fn get_circuit_breaker(&self, service: &str) -> Option<CircuitBreaker> {
+        self.read().breaker(service).cloned()
+    }
+
+    /// The limiter of that service whose limit is named `default`, if there is one.
+    #[must_use]
+    pub fn get_rate_limiter(&self, service: &str) -> Option<RateLimiter> {
+        self.get_named_rate_limiter(service, DEFAULT_LIMIT)
+    }
+
+    /// The limiter of that service and limit, if there is one.
+    #[must_use]
+    pub fn get_named_rate_limiter(&self, service: &str, limit: &str) -> Option<RateLimiter> {
+        self.read().limiter(service, limit).cloned()
+    }
+
+    /// All limiters of that service, by the names of their limits.
+    #[must_use]
+    pub fn get_rate_limiters(&self, service: &str) -> Vec<RateLimiter> {
+        self.entry(service)
+            .map_or_else(Vec::new, |entry| entry.limiters.into_values().collect())
+    }
+
+    /// The names of all services, in order.
+    #[must_use]
+    pub fn services(&self) -> Vec<Name> {
+        self.read().services.keys().cloned().collect()
+    }
+
+    /// Forgets a service. Whoever holds its breaker or limiters goes on with them, unseen. `false` if there was none.
+    pub fn remove(&self, service: &str) -> bool {
+        let (removed, listeners) = {
+            let mut entries = self.write();
+            (entries.services.remove(service), entries.ids())
+        };
+        if let Some(entry) = &removed {
+            for id in listeners {
+                entry.remove_listener(id);
+            }
+        }
+        removed.is_some()
+    }
+
+    /// Everything there is to see, service by service in the order of names.
+    #[must_use]
+    pub fn status(&self) -> RegistryStatus {
+        let services = self.read().services.clone();
+        let status = |(name, entry): (Name, Entry)| (name.clone(), entry.status(name));
+        RegistryStatus::new(services.into_iter().map(status).collect())
+    }
+
+    /// One service's breaker and limiters, if there are any.
+    #[must_use]
+    pub fn service_status(&self, service: &str) -> Option<ServiceStatus> {
+        let (name, entry) = {
+            let entries = self.read();
+            let (name, entry) = entries.services.get_key_value(service)?;
+            (name.clone(), entry.clone())
+        };
+        Some(entry.status(name))
+    }
+
+    /// The services whose circuit is open, forced ones included, in the order of names.
+    #[must_use]
+    pub fn open_circuits(&self) -> Vec<Name> {
+        let services = self.read().services.clone();
+        let open = |entry: &Entry| {
+            entry
+                .breaker
+                .as_ref()
+                .is_some_and(|breaker| breaker.state() == State::Open)
+        };
+        services
+            .into_iter()
+            .filter(|(_, entry)| open(entry))
+            .map(|(name, _)| name)
+            .collect()
+    }
+
+    /// Every number as a page for a metrics collector: for hosts with an endpoint of their own. See
+    /// [`MetricsFormat::content_type`] for the header that goes with it.
+    ///
+    /// ```
+    /// # use portcullis::{CircuitBreakerConfig, MetricsFormat, Registry};
+    /// let registry = Registry::new();
+    /// registry.circuit_breaker("search", CircuitBreakerConfig::default())?;
+    /// let page = registry.metrics_text(MetricsFormat::Prometheus);
+    /// assert!(page.contains("circuit_breaker_state{service=\"search\"} 0\n"));
+    /// # Ok::<(), portcullis::RegistryError>(())
+    /// ```
+    #[must_use]
+    pub fn metrics_text(&self, format: MetricsFormat) -> String {
+        metrics::encode(&self.status(), format)
+    }
+
+    /// Calls `listener` on every event of every breaker and limiter here, present and to come; see [`Event`] for how.
+    pub fn on_event(&self, listener: impl Fn(&Event) + Send + Sync + 'static) -> ListenerId {
+        let listener = Listener::new(listener);
+        let id = listener.id;
+        self.add_listener(listener);
+        id
+    }
+
+    /// Removes a listener of this registry; `false` if it is not there.
+    pub fn remove_listener(&self, id: ListenerId) -> bool {
+        let (removed, services) = {
+            let mut entries = self.write();
+            let at = entries.listeners.iter().position(|listener| listener.id == id);
+            (at.map(|at| entries.listeners.remove(at)), entries.services.clone())
+        };
+        for entry in services.values() {
+            entry.remove_listener(id);
+        }
+        removed.is_some()
+    }
+
+    /// A queue of all events that holds `capacity` and loses the oldest.
+    #[must_use = "dropping the queue ends the subscription"]
+    pub fn subscribe(&self, capacity: usize) -> Events {
+        let (events, listener) = Events::new(capacity);
+        self.add_listener(listener);
+        events
+    }
+
+    fn add_listener(&self, listener: Listener) {
+        let mut entries = self.write();
+        entries.listeners.retain(|listener| !listener.is_gone());
+        for entry in entries.services.values() {
+            entry.add_listener(&listener);
+        }
+        entries.listeners.push(listener);
+    }
+}
+
+const DEFAULT_LIMIT: &str = "default";
+
+/// The limiter that is there, if it is the one that was asked for.
+fn existing_limiter(existing: &RateLimiter, requested: Algorithm) -> Result<RateLimiter, RegistryError> {
+    requested.validate()?;
+    if existing.matches(&requested) {
+        return Ok(existing.clone());
+    }
+    Err(RegistryError::Conflict {
+        service: existing.name().clone(),
+        what: the_limit(existing.limit()),
+        existing: format!("{:?}", existing.algorithm()),
+        requested: format!("{requested:?}"),
+    })
+}
+
+impl Entries {
+    fn breaker(&self, service: &str) -> Option<&CircuitBreaker> {
+        self.services.get(service)?.breaker.as_ref()
+    }
+
+    fn limiter(&self, service: &str, limit: &str) -> Option<&RateLimiter> {
+        self.services.get(service)?.limiters.get(limit)
+    }
+
+    fn insert_breaker(&mut self, breaker: CircuitBreaker) {
+        self.listeners
+            .iter()
+            .for_each(|listener| breaker.add_listener(listener.clone()));
+        let name = breaker.name().clone();
+        self.services.entry(name).or_default().breaker = Some(breaker);
+    }
+
+    fn insert_limiter(&mut self, limiter: RateLimiter) {
+        self.listeners
+            .iter()
+            .for_each(|listener| limiter.add_listener(listener.clone()));
+        let limiters = &mut self.services.entry(limiter.name().clone()).or_default().limiters;
+        limiters.insert(limiter.limit().clone(), limiter);
+    }
+
+    fn ids(&self) -> Vec<ListenerId> {
+        self.listeners.iter().map(|listener| listener.id).collect()
+    }
+}
+
+impl Entry {
+    fn add_listener(&self, listener: &Listener) {
+        self.breaker
+            .iter()
+            .for_each(|breaker| breaker.add_listener(listener.clone()));
+        self.limiters
+            .values()
+            .for_each(|limiter| limiter.add_listener(listener.clone()));
+    }
+
+    fn remove_listener(&self, id: ListenerId) {
+        if let Some(breaker) = &self.breaker {
+            breaker.remove_listener(id);
+        }
+        for limiter in self.limiters.values() {
+            limiter.remove_listener(id);
+        }
+    }
+
+    fn status(&self, service: Name) -> ServiceStatus {
+        ServiceStatus {
+            service,
+            circuit_breaker: self.breaker.as_ref().map(CircuitBreaker::status),
+            rate_limiters: self.limiters.values().map(RateLimiter::status).collect(),
+        }
+    }
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registry")
+            .field("services", &self.services())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,237 @@
+//! What the caller gets instead of a call that was rejected: an error, or another service's answer.
+//!
+//! - by default ([`AsError`]) the layer's error is a [`BoxError`], as in tower's own middleware, and
+//!   [`Rejected::find`](crate::Rejected::find) tells a rejection from the inner service's errors;
+//! - [`GuardLayer::fallback`](crate::GuardLayer::fallback) asks another service, which sees the request;
+//! - [`GuardLayer::fallback_with`](crate::GuardLayer::fallback_with) asks a closure, which sees the request and the rejection.
+//!
+//! With a fallback the inner service's error type stays as it is.
+
+use crate::{
+    rejected::{BoxError, Rejected},
+    sealed::Sealed,
+};
+use pin_project_lite::pin_project;
+use std::{
+    fmt,
+    future::Future,
+    marker::PhantomData,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+use tower_service::Service;
+
+/// Answers for a call that was rejected. `Raw` is the inner service's response, `Res` what the classifier made of it.
+///
+/// Sealed for now; [`AsError`], [`Fallback`] and [`FallbackWith`] implement it.
+pub trait Reject<Req, Raw, Res, Err>: Sealed {
+    /// The response of the guarded service.
+    type Response;
+    /// The error of the guarded service.
+    type Error;
+    /// Comes to the answer.
+    type Future: Future<Output = Result<Self::Response, Self::Error>>;
+
+    /// Answers a rejected request.
+    fn reject(&self, request: Req, why: Rejected) -> Self::Future;
+
+    /// Passes on the result of a call that was made.
+    ///
+    /// # Errors
+    ///
+    /// The inner service's error, as it is or boxed.
+    fn pass(result: Result<Res, Err>) -> Result<Self::Response, Self::Error>;
+}
+
+/// Rejections are errors, among the inner service's errors in a [`BoxError`].
+///
+/// ```
+/// # use portcullis::{AsError, CircuitBreaker, CircuitBreakerLayer, ErrorsAreFailures, Rejected};
+/// # use tower::{ServiceBuilder, ServiceExt, service_fn};
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), portcullis::ConfigError> {
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// breaker.force_open();
+/// let service = ServiceBuilder::new()
+///     .layer(CircuitBreakerLayer::new(breaker))
+///     .service(service_fn(async |question: u32| Ok::<_, std::io::Error>(question + 1)));
+/// let error = service.oneshot(1).await.unwrap_err();
+/// assert_eq!(Rejected::find(&*error).unwrap().service, "search");
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AsError;
+
+impl Sealed for AsError {}
+
+impl<Req, Raw, Res, Err: Into<BoxError>> Reject<Req, Raw, Res, Err> for AsError {
+    type Response = Res;
+    type Error = BoxError;
+    type Future = Refusal<Res>;
+
+    fn reject(&self, _: Req, why: Rejected) -> Self::Future {
+        Refusal {
+            why: Some(why),
+            response: PhantomData,
+        }
+    }
+
+    fn pass(result: Result<Res, Err>) -> Result<Res, BoxError> {
+        result.map_err(Into::into)
+    }
+}
+
+/// The future of a rejection that is an error.
+#[derive(Debug)]
+pub struct Refusal<Res> {
+    why: Option<Rejected>,
+    response: PhantomData<fn() -> Res>,
+}
+
+impl<Res> Future for Refusal<Res> {
+    type Output = Result<Res, BoxError>;
+    fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
+        let why = self.why.take().expect("polled after it was ready");
+        Poll::Ready(Err(why.into()))
+    }
+}
+
+/// A plain response as the type that a guarded service answers with.
+pub trait Lift<T>: Sized {
+    /// Makes it that type.
+    fn lift(plain: T) -> Self;
+}
+
+impl<T> Lift<T> for T {
+    fn lift(plain: T) -> T {
+        plain
+    }
+}
+
+/// Another service answers instead: from [`GuardLayer::fallback`](crate::GuardLayer::fallback).
+#[derive(Debug, Clone)]
+pub struct Fallback<F>(pub(crate) F);
+
+impl<F> Sealed for Fallback<F> {}
+
+impl<F, Req, Raw, Res, Err> Reject<Req, Raw, Res, Err> for Fallback<F>
+where
+    F: Service<Req, Response = Raw> + Clone,
+    F::Error: Into<Err>,
+    Res: Lift<Raw>,
+{
+    type Response = Res;
+    type Error = Err;
+    type Future = FallbackFuture<F, Req, Res, Err>;
+
+    fn reject(&self, request: Req, _: Rejected) -> Self::Future {
+        FallbackFuture {
+            state: FallbackState::Readying {
+                service: self.0.clone(),
+                request: Some(request),
+            },
+            result: PhantomData,
+        }
+    }
+
+    fn pass(result: Result<Res, Err>) -> Result<Res, Err> {
+        result
+    }
+}
+
+pin_project! {
+    /// The future of a rejection that another service answers.
+    pub struct FallbackFuture<F: Service<Req>, Req, Res, Err> {
+        #[pin]
+        state: FallbackState<F, F::Future, Req>,
+        result: PhantomData<fn() -> Result<Res, Err>>,
+    }
+}
+
+pin_project! {
+    #[project = FallbackProjection]
+    enum FallbackState<F, Fut, Req> {
+        Readying { service: F, request: Option<Req> },
+        Called { #[pin] future: Fut },
+    }
+}
+
+impl<F: Service<Req>, Req, Res, Err> fmt::Debug for FallbackFuture<F, Req, Res, Err> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FallbackFuture").finish_non_exhaustive()
+    }
+}
+
+impl<F, Req, Res, Err> Future for FallbackFuture<F, Req, Res, Err>
+where
+    F: Service<Req>,
+    F::Error: Into<Err>,
+    Res: Lift<F::Response>,
+{
+    type Output = Result<Res, Err>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.project().state;
+        loop {
+            match state.as_mut().project() {
+                FallbackProjection::Readying { service, request } => {
+                    ready!(service.poll_ready(cx)).map_err(Into::into)?;
+                    let request = request.take().expect("taken once, with the change of state");
+                    let future = service.call(request);
+                    state.set(FallbackState::Called { future });
+                }
+                FallbackProjection::Called { future } => {
+                    return future.poll(cx).map(|result| result.map(Lift::lift).map_err(Into::into));
+                }
+            }
+        }
+    }
+}
+
+/// A closure answers instead: from [`GuardLayer::fallback_with`](crate::GuardLayer::fallback_with).
+#[derive(Debug, Clone)]
+pub struct FallbackWith<F>(pub(crate) F);
+
+impl<F> Sealed for FallbackWith<F> {}
+
+impl<F, Fut, Req, Raw, Res, Err> Reject<Req, Raw, Res, Err> for FallbackWith<F>
+where
+    F: Fn(Req, Rejected) -> Fut,
+    Fut: Future<Output = Result<Raw, Err>>,
+    Res: Lift<Raw>,
+{
+    type Response = Res;
+    type Error = Err;
+    type Future = FallbackWithFuture<Fut, Res>;
+
+    fn reject(&self, request: Req, why: Rejected) -> Self::Future {
+        FallbackWithFuture {
+            future: (self.0)(request, why),
+            response: PhantomData,
+        }
+    }
+
+    fn pass(result: Result<Res, Err>) -> Result<Res, Err> {
+        result
+    }
+}
+
+pin_project! {
+    /// The future of a rejection that a closure answers.
+    #[derive(Debug)]
+    pub struct FallbackWithFuture<Fut, Res> {
+        #[pin]
+        future: Fut,
+        response: PhantomData<fn() -> Res>,
+    }
+}
+
+impl<Fut, Raw, Res, Err> Future for FallbackWithFuture<Fut, Res>
+where
+    Fut: Future<Output = Result<Raw, Err>>,
+    Res: Lift<Raw>,
+{
+    type Output = Result<Res, Err>;
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.project().future.poll(cx).map(|result| result.map(Lift::lift))
+    }
+}

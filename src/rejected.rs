@@ -1,0 +1,237 @@
+use crate::name::Name;
+use std::{any::Any, error::Error as StdError, fmt, io, sync::Arc, time::Duration};
+
+/// The error type of a tower middleware that may add errors of its own, as in tower itself.
+pub type BoxError = Box<dyn StdError + Send + Sync>;
+
+/// A call that was not made, and everything that is known about why.
+///
+/// Error text, events and status all say the same thing, from this one value. It travels as an error; [`Rejected::find`] gets
+/// it back out of whatever middleware wrapped round it.
+///
+/// ```
+/// use portcullis::{BoxError, Reason, RateLimiter, Rejected, TokenBucket};
+/// use std::time::Duration;
+///
+/// let limiter = RateLimiter::new("search", TokenBucket::new(1, Duration::from_secs(60)))?;
+/// limiter.try_acquire()?;
+/// let error: BoxError = limiter.try_acquire().unwrap_err().into();
+/// let rejected = Rejected::find(&*error).expect("the limiter refused");
+/// assert_eq!(rejected.service, "search");
+/// assert_eq!(rejected.reason, Reason::OverLimit);
+/// assert!(rejected.retry_after <= Some(Duration::from_secs(60)));
+/// # Ok::<(), BoxError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Rejected {
+    /// The service whose policy refused.
+    pub service: Name,
+    /// The rate limit that refused; `None` if it was the circuit breaker.
+    pub limit: Option<Name>,
+    /// Why.
+    pub reason: Reason,
+    /// How long until the policy would admit the same call from a caller alone. `None` when no time can be told: the circuit
+    /// is forced open, or the cost can never be met.
+    pub retry_after: Option<Duration>,
+}
+
+/// Why a call was rejected.
+///
+/// ```
+/// # use portcullis::Reason;
+/// assert_eq!(Reason::HalfOpenFull.as_str(), "half_open_full");
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Reason {
+    /// The circuit is open: the service failed too often.
+    Open,
+    /// The circuit is half-open and every probe is taken.
+    HalfOpenFull,
+    /// An operator forced the circuit open.
+    ForcedOpen,
+    /// The rate limit has no room for the call now, or not before the deadline of its wait.
+    OverLimit,
+    /// The call costs more than the limit ever holds at once: no wait would help.
+    CostExceedsBurst {
+        /// What the call costs.
+        cost: u32,
+        /// The most that the limit admits at once.
+        burst: u32,
+    },
+}
+
+impl Reason {
+    /// The reason as metrics and JSON spell it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::HalfOpenFull => "half_open_full",
+            Self::ForcedOpen => "forced_open",
+            Self::OverLimit => "over_limit",
+            Self::CostExceedsBurst { .. } => "cost_exceeds_burst",
+        }
+    }
+}
+
+impl fmt::Display for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.limit {
+            None => write!(f, "circuit breaker {:?} ", self.service)?,
+            Some(limit) => write!(f, "rate limit {limit:?} of {:?} ", self.service)?,
+        }
+        match self.reason {
+            Reason::Open => f.write_str("is open")?,
+            Reason::HalfOpenFull => f.write_str("is half-open with all its probes taken")?,
+            Reason::ForcedOpen => f.write_str("is forced open")?,
+            Reason::OverLimit => f.write_str("is exhausted")?,
+            Reason::CostExceedsBurst { cost, burst } => {
+                write!(f, "admits at most {burst} at once and was asked for {cost}")?;
+            }
+        }
+        match self.retry_after {
+            Some(wait) => write!(f, "; retry after {wait:?}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl StdError for Rejected {}
+
+impl Rejected {
+    /// Finds the rejection inside an error, however deep middleware has wrapped it.
+    ///
+    /// Follows `source()`, and looks into what `source()` chains skip: `Box<Rejected>`, `Arc<Rejected>`, an `Arc<dyn Error>`
+    /// and the inside of an [`io::Error`]. A chain longer than 128 errors is not followed to its end.
+    ///
+    /// ```
+    /// # use portcullis::{CircuitBreaker, Rejected};
+    /// # use std::io;
+    /// let breaker = CircuitBreaker::builder("search").build()?;
+    /// breaker.force_open();
+    /// let error = io::Error::other(breaker.try_acquire().unwrap_err());
+    /// assert!(Rejected::find(&error).is_some());
+    /// # Ok::<(), portcullis::ConfigError>(())
+    /// ```
+    #[must_use]
+    pub fn find<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a Self> {
+        let mut next = Some(error);
+        // A `source()` that returns its own error would otherwise never end.
+        for _ in 0..128 {
+            let error = next?;
+            if let Some(rejected) = error.downcast_ref::<Self>() {
+                return Some(rejected);
+            }
+            next = inside(error).or_else(|| error.source());
+        }
+        None
+    }
+
+    /// The rejection, told when its time is over: what a service was readied to reject and is called for later.
+    pub(crate) fn due(mut self) -> Self {
+        self.retry_after = self.retry_after.map(|_| Duration::ZERO);
+        self
+    }
+
+    /// The same for an error type of which nothing is known: sees the usual carriers only.
+    pub(crate) fn find_in<E: 'static>(error: &E) -> Option<&Self> {
+        macro_rules! carriers {
+            ($any:ident: $($plain:ty),+; boxed $($boxed:ty),+) => {
+                $(if let Some(error) = $any.downcast_ref::<$plain>() {
+                    return Self::find(error);
+                })+
+                $(if let Some(error) = $any.downcast_ref::<$boxed>() {
+                    return Self::find(&**error);
+                })+
+            };
+        }
+        let any: &dyn Any = error;
+        if let Some(error) = any.downcast_ref::<Error<BoxError>>() {
+            return match error {
+                Error::Rejected(rejected) => Some(rejected),
+                Error::Inner(error) => Self::find(&**error),
+            };
+        }
+        carriers!(any:
+            Self, Box<Self>, Arc<Self>, io::Error, Error<io::Error>, Error<Self>, Error<std::convert::Infallible>;
+            boxed BoxError, Box<dyn StdError + Send>, Box<dyn StdError>, Arc<dyn StdError + Send + Sync>
+        );
+        None
+    }
+}
+
+/// The error that a wrapper hides from its `source()` chain.
+fn inside<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a (dyn StdError + 'static)> {
+    if let Some(error) = error.downcast_ref::<Box<Rejected>>() {
+        return Some(&**error);
+    }
+    if let Some(error) = error.downcast_ref::<Arc<Rejected>>() {
+        return Some(&**error);
+    }
+    if let Some(error) = error.downcast_ref::<Arc<dyn StdError + Send + Sync>>() {
+        return Some(&**error);
+    }
+    if let Some(error) = error.downcast_ref::<Arc<dyn StdError>>() {
+        return Some(&**error);
+    }
+    let error = error.downcast_ref::<io::Error>()?.get_ref()?;
+    Some(error)
+}
+
+/// What a direct call ([`CircuitBreaker::call`](crate::CircuitBreaker::call), [`RateLimiter::call`](crate::RateLimiter::call))
+/// fails with: the rejection, or the error of the call itself.
+///
+/// ```
+/// use portcullis::{CircuitBreaker, Error};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), portcullis::ConfigError> {
+/// let breaker = CircuitBreaker::builder("search").failure_threshold(1).build()?;
+/// let ask = async || Err::<(), _>("connection refused");
+/// assert!(matches!(breaker.call(ask()).await, Err(Error::Inner("connection refused"))));
+/// assert!(matches!(breaker.call(ask()).await, Err(Error::Rejected(_))));
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Error<E> {
+    /// The call was not made.
+    Rejected(Rejected),
+    /// The call was made and failed.
+    Inner(E),
+}
+
+impl<E> Error<E> {
+    /// The rejection, if the call was not made.
+    pub fn rejected(&self) -> Option<&Rejected> {
+        match self {
+            Self::Rejected(rejected) => Some(rejected),
+            Self::Inner(_) => None,
+        }
+    }
+}
+
+impl<E> From<Rejected> for Error<E> {
+    fn from(rejected: Rejected) -> Self {
+        Self::Rejected(rejected)
+    }
+}
+
+impl<E: fmt::Display> fmt::Display for Error<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rejected(rejected) => rejected.fmt(f),
+            Self::Inner(error) => error.fmt(f),
+        }
+    }
+}
+
+impl<E: StdError + 'static> StdError for Error<E> {
+    // Itself, not its source: only so can `Rejected::find` see it without knowing `E`.
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match self {
+            Self::Rejected(rejected) => Some(rejected),
+            Self::Inner(error) => Some(error),
+        }
+    }
+}
