@@ -250,7 +250,7 @@ fn units_per_window(rate: f64, token: u64) -> u64 {
 }
 
 /// What one window has seen.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Seen {
     calls: u64,
     failures: u64,
@@ -339,9 +339,9 @@ impl AdaptiveState {
     }
 
     /// The course from the end of the window on, if it has ended: what [`roll`](Self::roll) makes real.
-    fn next_course(&self, course: &Course, now: Timestamp) -> Option<Course> {
+    fn next_course(&self, course: &Course, seen: Seen, now: Timestamp) -> Option<Course> {
         let over = now.nanos().checked_sub(course.window_end.nanos())?;
-        let rate = self.config.next_rate(course.rate, self.seen());
+        let rate = self.config.next_rate(course.rate, seen);
         let window = course.line.div;
         let windows = over / window + 1;
         let end = course.window_end.nanos().saturating_add(windows.saturating_mul(window));
@@ -363,6 +363,11 @@ impl AdaptiveState {
         })
     }
 
+    /// The course at `now`, a due move included.
+    fn present(&self, course: &Course, now: Timestamp) -> Course {
+        self.next_course(course, self.seen(), now).unwrap_or(*course)
+    }
+
     /// Ends the window if it is over; tells if the rate moved.
     pub(super) fn roll(&self, now: Timestamp) -> Option<Moved> {
         if let Some((_, window_end)) = self.published.read(1)
@@ -371,11 +376,18 @@ impl AdaptiveState {
             return None;
         }
         let mut course = self.course();
-        let next = self.next_course(&course, now)?;
+        let seen = self.seen();
+        let next = self.next_course(&course, seen, now)?;
         let before = std::mem::replace(&mut *course, next);
         self.published.write(&next);
-        for counter in [&self.calls, &self.failures, &self.used] {
-            counter.store(0, Ordering::Relaxed);
+        // What was seen is done with; what came in meanwhile belongs to the new window.
+        for (counter, seen) in [
+            (&self.calls, seen.calls),
+            (&self.failures, seen.failures),
+            (&self.used, seen.used),
+        ] {
+            let less = |now: u64| Some(now.saturating_sub(seen));
+            let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
         }
         ((next.rate - before.rate).abs() > 0.0).then_some(Moved {
             from: before.rate,
@@ -390,7 +402,7 @@ impl AdaptiveState {
             Some((line, window_end)) if now < window_end => line,
             _ => {
                 let course = self.course();
-                self.next_course(&course, now).unwrap_or(*course).line
+                self.present(&course, now).line
             }
         }
     }
@@ -398,19 +410,23 @@ impl AdaptiveState {
     /// Requests per window, a due move included.
     pub(super) fn rate(&self, now: Timestamp) -> f64 {
         let course = self.course();
-        self.next_course(&course, now).unwrap_or(*course).rate
+        self.present(&course, now).rate
     }
 
     /// When so many units will have been made, if no more outcomes arrive: a move that is already settled is foreseen.
     fn when(&self, units: u64, now: Timestamp) -> Timestamp {
         let course = self.course();
-        let course = self.next_course(&course, now).unwrap_or(*course);
+        let seen = self.seen();
+        let (course, seen) = match self.next_course(&course, seen, now) {
+            Some(next) => (next, Seen::default()),
+            None => (*course, seen),
+        };
         let at = course.line.when(units);
-        if at <= course.window_end || now >= course.window_end {
+        if at <= course.window_end {
             return at;
         }
-        let next = self.next_course(&course, course.window_end);
-        next.map_or(at, |next| next.line.when(units))
+        let next = self.next_course(&course, seen, course.window_end);
+        next.unwrap_or(course).line.when(units)
     }
 
     pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
