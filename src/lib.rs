@@ -1,4 +1,6 @@
-#![doc = include_str!("../README.md")]
+// The examples of the README show the admin service as well.
+#![cfg_attr(feature = "http", doc = include_str!("../README.md"))]
+#![cfg_attr(not(feature = "http"), doc = "Circuit breakers and rate limiters as tower layers.")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 // In the order in which a request meets them; each imports only from those below it.
