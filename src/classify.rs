@@ -42,6 +42,9 @@ pub trait Classify<Req, Res, Err>: Sealed {
 
 /// The default classifier: an error is a failure, and every response a success.
 ///
+/// An HTTP response is a success whatever its status: to count a 503 as a failure, say so with
+/// [`GuardLayer::classify`](crate::GuardLayer::classify).
+///
 /// An error that carries a [`Rejected`](crate::Rejected) of another portcullis policy is ignored: a local refusal is not the
 /// service's failure. It is seen in a boxed error, an [`io::Error`](std::io::Error), an `Arc` and the like, however deep; inside
 /// an error type of your own, say so with [`classify_error`](crate::GuardLayer::classify_error) and

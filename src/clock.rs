@@ -252,7 +252,8 @@ impl ManualClock {
         Timestamp(self.0.now.load(Ordering::Acquire))
     }
 
-    /// Moves the clock forward and wakes the waits that become due, in the order of their deadlines.
+    /// Moves the clock forward and wakes the waits that become due, in the order of their deadlines. What was woken goes on when
+    /// its runtime polls it: a test yields (`tokio::task::yield_now().await`) before it looks.
     pub fn advance(&self, by: Duration) {
         let by = nanos(by);
         let step = |now: u64| Some(now.saturating_add(by));

@@ -111,7 +111,22 @@ impl<P> GuardLayer<P> {
 impl<P, C, R> GuardLayer<P, C, R> {
     /// Judges results with a closure: it returns an [`Outcome`](crate::Outcome), or a [`Verdict`] with more.
     ///
-    /// The closure also judges errors of the inner service's `poll_ready`. It must be `Clone`: each call keeps one.
+    /// The closure also judges errors of the inner service's `poll_ready`. It must be `Clone`: each call keeps one. It replaces
+    /// [`ErrorsAreFailures`] with all it knows: if a portcullis layer inside this one answers with errors, ignore those in which
+    /// [`Rejected::find`] finds something.
+    ///
+    /// ```
+    /// use axum::response::Response;
+    /// # use portcullis::{CircuitBreaker, CircuitBreakerLayer, Outcome};
+    /// # use std::io;
+    ///
+    /// # let breaker = CircuitBreaker::builder("search").build()?;
+    /// let layer = CircuitBreakerLayer::new(breaker).classify(|result: &Result<Response, io::Error>| match result {
+    ///     Ok(response) if !response.status().is_server_error() => Outcome::Success,
+    ///     _ => Outcome::Failure,
+    /// });
+    /// # Ok::<(), portcullis::ConfigError>(())
+    /// ```
     pub fn classify<F, V, Res, Err>(self, judge: F) -> GuardLayer<P, ByResult<F>, R>
     where
         F: Fn(&Result<Res, Err>) -> V + Clone,
@@ -156,7 +171,8 @@ impl<P, C, R> GuardLayer<P, C, R> {
         }
     }
 
-    /// Has another service answer rejected requests. The inner service's error type stays as it is.
+    /// Has another service answer rejected requests. The inner service's error type stays as it is. A call that was made and
+    /// failed is no rejection: its error goes to the caller.
     ///
     /// The fallback is cloned for each rejected request and may be guarded itself, and so on down to one that cannot fail.
     ///

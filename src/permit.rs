@@ -66,10 +66,12 @@ impl Outcome {
 pub struct Verdict {
     /// How the call ended.
     pub outcome: Outcome,
-    /// What the call cost in truth, where that is known only now. A token bucket charges or returns the difference to what
-    /// was reserved; a sliding window keeps what it admitted.
+    /// What the call cost in truth, where that is known only now. A token bucket or an adaptive limiter charges or returns the
+    /// difference to what was reserved (charged, it may go into debt by one burst); a sliding window keeps what it admitted; a
+    /// breaker does not care.
     pub cost: Option<u32>,
-    /// When the service asked to be left alone until. A breaker that honours it opens for at least so long.
+    /// How long the service asked to be left alone. A breaker that [honours](crate::CircuitBreakerConfig::honor_retry_after) it
+    /// and trips on this call opens for at least so long, up to its cap.
     pub retry_after: Option<Duration>,
 }
 

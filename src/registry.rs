@@ -330,7 +330,8 @@ impl Registry {
         removed.is_some()
     }
 
-    /// Everything there is to see, service by service in the order of names.
+    /// Everything there is to see, service by service in the order of names: each breaker and limiter at one moment of its own.
+    /// Reading changes nothing.
     #[must_use]
     pub fn status(&self) -> RegistryStatus {
         let services = self.read().services.clone();
@@ -403,7 +404,7 @@ impl Registry {
         removed.is_some()
     }
 
-    /// A queue of all events that holds `capacity` and loses the oldest.
+    /// A queue of all events that holds `capacity` (at least one) and loses the oldest.
     #[must_use = "dropping the queue ends the subscription"]
     pub fn subscribe(&self, capacity: usize) -> Events {
         let (events, listener) = Events::new(capacity);

@@ -184,8 +184,9 @@ settings! {
     /// Trips when at least this share of the calls in the window failed, above 0 and at most 1.
     fn failure_rate(self, threshold: f64) { self.failure_rate = Some(threshold) }
 
-    /// Trips when at least this share of the calls in the window (above 0, at most 1) took `slow` or longer. A half-open probe
-    /// that is slow then counts as a failure, and a cancelled call that was already slow counts as slow.
+    /// Trips when at least this share of the calls in the window (above 0, at most 1) took `slow` or longer, from the call to
+    /// its result; of an HTTP response, to its head. A half-open probe that is slow then counts as a failure, and a cancelled
+    /// call that was already slow counts as slow.
     fn slow_calls(self, threshold: f64, slow: Duration) { self.slow_calls = Some((threshold, slow)) }
 
     /// The calls over which both rates are taken. Default: the last 100.

@@ -120,9 +120,13 @@ type CoreStripe = Stripe<Core, { counter::COUNTERS }>;
 ///
 /// # Cost
 ///
-/// A call through a healthy breaker takes no lock and allocates nothing. A recorded failure, a probe, and every call that a
-/// rate over a time must see take a mutex for some tens of nanoseconds. Memory: some 500 bytes, 256 for each core (up to 64),
-/// the window, and 8 bytes for each failure that [`failures_within`](CircuitBreakerConfig::failures_within) remembers.
+/// A call through a healthy breaker takes no lock and allocates nothing: the circuit is closed, the last call was no failure,
+/// and a window of calls, if there is one, is full and without failures or slow calls. A rejection by an open circuit takes no
+/// lock either. Every other outcome (a failure and the success after it, a slow call, a dropped one, a probe, any call in a
+/// window of time) takes a mutex for a step that does not depend on the traffic. Reading the state or the status takes it too.
+///
+/// Memory: about 1 KB, 264 bytes for each core (rounded up to a power of two, at most 64), two bits for each call of a window
+/// of calls, and 8 bytes for each failure that [`failures_within`](CircuitBreakerConfig::failures_within) remembers.
 #[derive(Clone)]
 pub struct CircuitBreaker {
     shared: Striped<Core, { counter::COUNTERS }>,
@@ -144,7 +148,7 @@ pub struct CircuitBreakerBuilder {
 }
 
 impl CircuitBreakerBuilder {
-    /// Starts over from a whole config.
+    /// Takes a whole config, in place of every setting made so far.
     pub fn config(mut self, config: CircuitBreakerConfig) -> Self {
         self.config = config;
         self
@@ -427,7 +431,8 @@ impl CircuitBreaker {
 
     /// Makes a call if the breaker admits it; an error is a failure, unless it is a rejection by another portcullis policy.
     ///
-    /// Nothing happens before the future is polled. Cancel-safe: dropped, it gives its permit back as cancelled.
+    /// Nothing happens before the future is polled. Cancel-safe: dropped, it gives its permit back as cancelled. A panic of the
+    /// call counts as a failure and goes on to the caller.
     ///
     /// ```
     /// # use portcullis::CircuitBreaker;
@@ -592,7 +597,7 @@ impl CircuitBreaker {
         self.shared.hub.remove(id)
     }
 
-    /// A queue of this breaker's events that holds `capacity` and loses the oldest.
+    /// A queue of this breaker's events that holds `capacity` (at least one) and loses the oldest.
     #[must_use = "dropping the queue ends the subscription"]
     pub fn subscribe(&self, capacity: usize) -> Events {
         let (events, listener) = Events::new(capacity);

@@ -105,7 +105,8 @@ pub struct CircuitBreakerMetrics {
     pub rejected_requests: u64,
     /// Calls that said nothing about the service.
     pub ignored_requests: u64,
-    /// Calls that were dropped before they ended.
+    /// Calls that were dropped before they ended, unless the config counts them as
+    /// [something else](CircuitBreakerConfig::cancelled): then they are found there.
     pub cancelled_requests: u64,
     /// Calls, among the above, that took as long as a slow call.
     pub slow_requests: u64,
@@ -113,7 +114,7 @@ pub struct CircuitBreakerMetrics {
     pub rejected: RejectedByCircuit,
     /// Successful by total, in percent; `None` while nothing was counted.
     pub success_rate: Option<f64>,
-    /// How often the circuit moved.
+    /// How often the circuit moved by itself; overrides and resets are no transitions.
     pub state_transitions: StateTransitions,
 }
 

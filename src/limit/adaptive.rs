@@ -41,8 +41,8 @@ use std::{
 /// # Ok::<(), portcullis::ConfigError>(())
 /// ```
 ///
-/// Some 200 bytes. An admission is the one of a token bucket and one more addition; an outcome is one addition; the end of a
-/// window takes a mutex once.
+/// O(1) memory. An admission is the one of a token bucket and one more addition; an outcome is one or two additions. A rejection
+/// takes a mutex, to tell when it would end, and so does the first call after the end of a window.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adaptive {
     base_rate: u32,

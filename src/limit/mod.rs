@@ -71,8 +71,11 @@ type CoreStripe = Stripe<Core, { counter::COUNTERS }>;
 ///
 /// # Cost
 ///
-/// An admission takes no lock and allocates nothing while nobody waits for the limiter. Memory: some 400 bytes, 256 for each
-/// core (up to 64), what the algorithm says, and some 100 for each waiter.
+/// An admission takes no lock and allocates nothing while nobody waits for the limiter. While somebody does, every call takes
+/// the queue's mutex, for O(log n) of n waiters.
+///
+/// Memory: about 500 bytes, 264 for each core (rounded up to a power of two, at most 64), the ring of a [`SlidingWindow`], and
+/// for each waiter some 200 in its future and a place in the queue.
 #[derive(Clone)]
 pub struct RateLimiter {
     shared: Striped<Core, { counter::COUNTERS }>,
@@ -470,7 +473,7 @@ impl RateLimiter {
         self.shared.hub.remove(id)
     }
 
-    /// A queue of this limiter's events that holds `capacity` and loses the oldest.
+    /// A queue of this limiter's events that holds `capacity` (at least one) and loses the oldest.
     #[must_use = "dropping the queue ends the subscription"]
     pub fn subscribe(&self, capacity: usize) -> Events {
         let (events, listener) = Events::new(capacity);
@@ -529,8 +532,8 @@ impl RateLimitPermit {
         Permit::settle(self, verdict.into(), &Reading::new());
     }
 
-    /// The call was never begun: the limiter takes the permit back. A sliding window can do so only while no other call has
-    /// been admitted since.
+    /// The call was never begun: the limiter takes the permit back, and whoever waits is served. A sliding window can do so only
+    /// while no other call has been admitted since; later, the permit is spent.
     pub fn unused(self) {
         Permit::unused(self, &Reading::new());
     }

@@ -35,7 +35,7 @@ pub struct RateLimiterStatus {
     pub period: Duration,
     /// The most that is admitted at once.
     pub burst: u32,
-    /// How many requests would be admitted now.
+    /// What is there now, in requests: the whole part of it would be admitted.
     pub available_tokens: f64,
     /// How long until the next `try_acquire` would be admitted, if it would be rejected now.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::numbers::optional_seconds"))]
