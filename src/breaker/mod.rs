@@ -429,7 +429,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// Makes a call if the breaker admits it; an error is a failure, unless it is a rejection by another portcullis policy.
+    /// Makes a call if the breaker admits it; an error is a failure, unless it is a rejection by another portcullis policy (seen
+    /// where [`ErrorsAreFailures`](crate::ErrorsAreFailures) sees it: not inside an error type of your own).
     ///
     /// Nothing happens before the future is polled. Cancel-safe: dropped, it gives its permit back as cancelled. A panic of the
     /// call counts as a failure and goes on to the caller.

@@ -381,7 +381,8 @@ impl RateLimiter {
     }
 
     /// Makes a call if the limiter admits it now. An adaptive limiter learns from the result: an error is a failure, unless it
-    /// is a rejection by another portcullis policy.
+    /// is a rejection by another portcullis policy (seen where [`ErrorsAreFailures`](crate::ErrorsAreFailures) sees it: not inside
+    /// an error type of your own).
     ///
     /// Nothing happens before the future is polled. Cancel-safe: dropped, its permit is spent.
     ///
