@@ -265,24 +265,9 @@ impl Registry {
     ///
     /// [`RegistryError::Taken`] if the name is in use by another one, even one with an equal config: the states differ.
     pub fn register(&self, handle: impl Into<Registrable>) -> Result<(), RegistryError> {
-        let mut entries = self.write();
-        let taken = |service: &Name, what: String| RegistryError::Taken {
-            service: service.clone(),
-            what,
-        };
-        match handle.into() {
-            Registrable::CircuitBreaker(breaker) => match entries.breaker(breaker.name()) {
-                Some(existing) if existing.same(&breaker) => {}
-                Some(existing) => return Err(taken(existing.name(), THE_BREAKER.into())),
-                None => entries.insert_breaker(breaker),
-            },
-            Registrable::RateLimiter(limiter) => match entries.limiter(limiter.name(), limiter.limit()) {
-                Some(existing) if existing.same(&limiter) => {}
-                Some(existing) => return Err(taken(existing.name(), the_limit(existing.limit()))),
-                None => entries.insert_limiter(limiter),
-            },
-        }
-        Ok(())
+        // Made and, if refused, dropped outside the lock: both may run the user's code.
+        let handle = handle.into();
+        self.write().take_in(&handle)
     }
 
     /// The breaker of that service, if there is one.
@@ -445,6 +430,26 @@ impl Entries {
 
     fn limiter(&self, service: &str, limit: &str) -> Option<&RateLimiter> {
         self.services.get(service)?.limiters.get(limit)
+    }
+
+    fn take_in(&mut self, handle: &Registrable) -> Result<(), RegistryError> {
+        let taken = |service: &Name, what: String| RegistryError::Taken {
+            service: service.clone(),
+            what,
+        };
+        match handle {
+            Registrable::CircuitBreaker(breaker) => match self.breaker(breaker.name()) {
+                Some(existing) if existing.same(breaker) => {}
+                Some(existing) => return Err(taken(existing.name(), THE_BREAKER.into())),
+                None => self.insert_breaker(breaker.clone()),
+            },
+            Registrable::RateLimiter(limiter) => match self.limiter(limiter.name(), limiter.limit()) {
+                Some(existing) if existing.same(limiter) => {}
+                Some(existing) => return Err(taken(existing.name(), the_limit(existing.limit()))),
+                None => self.insert_limiter(limiter.clone()),
+            },
+        }
+        Ok(())
     }
 
     fn insert_breaker(&mut self, breaker: CircuitBreaker) {
