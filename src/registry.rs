@@ -380,13 +380,18 @@ impl Registry {
     pub fn remove_listener(&self, id: ListenerId) -> bool {
         let (removed, services) = {
             let mut entries = self.write();
-            let at = entries.listeners.iter().position(|listener| listener.id == id);
-            (at.map(|at| entries.listeners.remove(at)), entries.services.clone())
+            let Some(at) = entries.listeners.iter().position(|listener| listener.id == id) else {
+                // Perhaps a breaker's own listener, which is not the registry's to remove.
+                return false;
+            };
+            (entries.listeners.remove(at), entries.services.clone())
         };
         for entry in services.values() {
             entry.remove_listener(id);
         }
-        removed.is_some()
+        // Outside the lock: the last reference to a listener runs its captures' destructors.
+        drop(removed);
+        true
     }
 
     /// A queue of all events that holds `capacity` (at least one) and loses the oldest.
