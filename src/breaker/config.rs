@@ -296,7 +296,8 @@ impl CircuitBreakerConfig {
             failure_rate: failure_rate.transpose()?,
             slow_calls: slow_calls.transpose()?,
             window: rates.then_some(self.window.0),
-            minimum_calls: minimum_calls.into(),
+            // Without a rate to watch it means nothing, and configs that mean the same are equal.
+            minimum_calls: if rates { minimum_calls.into() } else { 0 },
             recovery_timeout: nanos(recovery_timeout),
             backoff: self.recovery_backoff,
             half_open_max_calls: self.half_open_max_calls.try_into().unwrap_or(usize::MAX),
