@@ -396,3 +396,38 @@ impl fmt::Debug for Events {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+
+    fn event() -> Event {
+        Event {
+            service: Name::new("name", "search").unwrap(),
+            limit: None,
+            at: Clock::manual().now(),
+            kind: EventKind::Reset { generation: 1 },
+        }
+    }
+
+    /// Not to be seen from outside, where it would only cost memory and time.
+    #[test]
+    fn a_hub_forgets_a_queue_that_nobody_reads() {
+        let hub = Hub::default();
+        let count = || hub.count.load(Ordering::Acquire);
+        let (kept, listener) = Events::new(1);
+        hub.add(listener);
+        for _ in 0..3 {
+            let (dropped, listener) = Events::new(1);
+            hub.add(listener);
+            drop(dropped);
+        }
+        assert_eq!(count(), 2, "each subscription sweeps out those that ended before it");
+        hub.emit(event);
+        assert_eq!(count(), 1, "and so does each event");
+        drop(kept);
+        hub.emit(event);
+        assert_eq!(count(), 0, "nobody is left to hear");
+    }
+}

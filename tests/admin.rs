@@ -11,8 +11,8 @@ use http::{
 use http_body_util::BodyExt;
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use portcullis::{
-    Adaptive, CircuitBreaker, CircuitBreakerConfig, Clock, EventKind, ManualClock, Outcome, Registry, SlidingWindow,
-    State, TokenBucket, Window,
+    Adaptive, CircuitBreaker, CircuitBreakerConfig, Clock, EventKind, ManualClock, Name, Outcome, Registry,
+    SlidingWindow, State, TokenBucket, Window,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -300,6 +300,8 @@ fn the_status_of_a_service_tells_what_happened_to_it() {
     assert_eq!(status["metrics"]["state_transitions"], transitions);
 }
 
+type Force = fn(&CircuitBreaker);
+
 #[test]
 fn the_status_shows_windows_overrides_and_every_setting() {
     let clock = Clock::manual();
@@ -354,7 +356,6 @@ fn the_status_shows_windows_overrides_and_every_setting() {
     assert_eq!(status["window"], at_the_minimum);
     assert_eq!(status["metrics"]["slow_requests"], 1);
 
-    type Force = fn(&CircuitBreaker);
     let overrides: [(Force, &str, &str); 3] = [
         (CircuitBreaker::force_open, "forced_open", "open"),
         (CircuitBreaker::force_closed, "forced_closed", "closed"),
@@ -543,7 +544,7 @@ fn a_service_is_found_by_its_percent_encoded_name() {
         .map(String::as_str)
         .collect();
     let services = registry.services();
-    let mut expected: Vec<&str> = services.iter().map(|name| name.as_str()).collect();
+    let mut expected: Vec<&str> = services.iter().map(Name::as_str).collect();
     expected.sort_unstable();
     assert_eq!(names, expected, "the list's JSON holds every name unchanged");
 }
@@ -583,7 +584,7 @@ fn readiness_fails_exactly_while_a_critical_circuit_is_open() {
     ready(200, closed, "a circuit that is not critical is open");
     fail(&critical);
     ready(503, open, "open");
-    clock.advance(MINUTE - Duration::from_nanos(1));
+    clock.advance(Duration::from_nanos(59_999_999_999));
     ready(503, open, "one nanosecond before the open time is over");
     clock.advance(Duration::from_nanos(1));
     ready(
