@@ -365,11 +365,11 @@ where
         let layer = &self.layer;
         let now = Reading::new();
         let reserved = match std::mem::replace(&mut self.ready, Ready::No) {
-            Ready::Yes(reserved) => Ok(reserved),
+            // Called unready, which tower forbids: the inner service will say so, but the policy holds.
+            Ready::Yes(reserved) | Ready::Reserving(reserved) => Ok(reserved),
+            Ready::No => layer.policy.reserve(None, &now),
             // The refusal is told as it is now, not as it was when the service was readied.
             Ready::Refused(why) => Err(layer.policy.reserve(None, &now).err().unwrap_or_else(|| why.due())),
-            // Called unready, which tower forbids: the inner service will say so, but the policy holds.
-            Ready::No | Ready::Reserving(_) => layer.policy.reserve(None, &now),
         };
         let admit = match reserved {
             Ok(reserved) => layer.policy.admit(reserved, &request, &now),
