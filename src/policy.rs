@@ -52,6 +52,13 @@ pub trait Policy<Req>: Gate {
     /// The rejection that [`admit`](Self::admit) would answer with, without taking or counting anything.
     fn refusal(&self, reserved: &Self::Reserved, request: &Req, now: &Reading) -> Option<Rejected>;
 
+    /// The same, counted by the policy whose refusal it is.
+    fn refuse(&self, reserved: &Self::Reserved, request: &Req, now: &Reading) -> Option<Rejected> {
+        let why = self.refusal(reserved, request, now)?;
+        self.count(&why, now);
+        Some(why)
+    }
+
     /// Admits a call, now or later, or rejects and counts it.
     fn admit(&self, reserved: Self::Reserved, request: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait>;
 }
@@ -284,9 +291,15 @@ where
             .or_else(|| self.1.refusal(second, request, now))
     }
 
+    fn refuse(&self, (first, second): &Self::Reserved, request: &Req, now: &Reading) -> Option<Rejected> {
+        // Not by the name in the rejection: two limits of one service may both be called `default`.
+        self.0
+            .refuse(first, request, now)
+            .or_else(|| self.1.refuse(second, request, now))
+    }
+
     fn admit(&self, reserved: Self::Reserved, request: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {
-        if let Some(why) = self.refusal(&reserved, request, now) {
-            self.count(&why, now);
+        if let Some(why) = self.refuse(&reserved, request, now) {
             return Admit::Rejected(why);
         }
         let first = match self.0.admit(reserved.0, request, now) {
