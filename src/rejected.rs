@@ -103,8 +103,8 @@ impl StdError for Rejected {}
 impl Rejected {
     /// Finds the rejection inside an error, however deep middleware has wrapped it.
     ///
-    /// Follows `source()`, and looks into what `source()` chains skip: `Box<Rejected>`, `Arc<Rejected>`, an `Arc<dyn Error>`
-    /// and the inside of an [`io::Error`]. A chain longer than 128 errors is not followed to its end.
+    /// Follows `source()`, and looks into what `source()` chains skip: the inside of an [`io::Error`], an `Arc<dyn Error>`, and a
+    /// `Box` or an `Arc` of a `Rejected` or of an `io::Error`. A chain longer than 128 errors is not followed to its end.
     ///
     /// ```
     /// # use portcullis::{CircuitBreaker, Rejected};
@@ -155,27 +155,24 @@ impl Rejected {
             };
         }
         carriers!(any:
-            Self, Box<Self>, Arc<Self>, io::Error, Error<io::Error>, Error<Self>, Error<std::convert::Infallible>;
+            Self, Box<Self>, Arc<Self>, io::Error, Box<io::Error>, Arc<io::Error>, Error<io::Error>, Error<Self>, Error<std::convert::Infallible>;
             boxed BoxError, Box<dyn StdError + Send>, Box<dyn StdError>, Arc<dyn StdError + Send + Sync>
         );
         None
     }
 }
 
-/// The error that a wrapper hides from its `source()` chain.
+/// The error that a wrapper hides from its `source()` chain. A `Box` or an `Arc` answers with the source of what it holds.
 fn inside<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a (dyn StdError + 'static)> {
-    if let Some(error) = error.downcast_ref::<Box<Rejected>>() {
-        return Some(&**error);
+    macro_rules! look_into {
+        ($($carrier:ty),+) => {
+            $(if let Some(error) = error.downcast_ref::<$carrier>() {
+                return Some(&**error);
+            })+
+        };
     }
-    if let Some(error) = error.downcast_ref::<Arc<Rejected>>() {
-        return Some(&**error);
-    }
-    if let Some(error) = error.downcast_ref::<Arc<dyn StdError + Send + Sync>>() {
-        return Some(&**error);
-    }
-    if let Some(error) = error.downcast_ref::<Arc<dyn StdError>>() {
-        return Some(&**error);
-    }
+    look_into!(Box<Rejected>, Arc<Rejected>, Box<io::Error>, Arc<io::Error>);
+    look_into!(Arc<dyn StdError + Send + Sync>, Arc<dyn StdError>);
     let error = error.downcast_ref::<io::Error>()?.get_ref()?;
     Some(error)
 }
