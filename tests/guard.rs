@@ -1714,6 +1714,53 @@ fn threads_behind_a_barrier_never_have_more_probes_in_the_service_than_allowed()
     }
 }
 
+#[test]
+fn threads_that_trip_probe_and_drop_lose_no_call_and_leak_no_slot() {
+    const THREADS: u32 = 4;
+    const ROUNDS: u32 = 5_000;
+    let clock = Clock::manual();
+    let (breaker, limiter) = (half_open(&clock), bucket(&clock, u32::MAX));
+    let world = Arc::new(World::default());
+    let inner = |request: u32| async move {
+        match request % 5 {
+            0 => Err(Down("called")),
+            1 => pending().await,
+            _ => Ok(request),
+        }
+    };
+    let layer = GuardLayer::new((limiter.clone(), breaker.clone()));
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let mut guard = layer.layer(Inner::new(&world, inner));
+            let (layer, world, clock, breaker) = (&layer, &world, &clock, &breaker);
+            scope.spawn(move || {
+                for round in 0..ROUNDS {
+                    assert!(poll_ready(&mut guard).is_ready());
+                    assert!(probes(breaker) <= 1, "there is one slot");
+                    drop(guard.call(thread + round).now_or_never());
+                    match round % 7 {
+                        0 => clock.advance(OPEN),
+                        1 => guard = layer.layer(Inner::new(world, inner)),
+                        _ => {}
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(probes(&breaker), 0);
+    let total = breaker.status().metrics.total_requests;
+    assert_eq!(
+        total,
+        u64::from(THREADS * ROUNDS) + 1,
+        "each call once, and the failure that opened the circuit"
+    );
+    let status = limiter.status();
+    assert_eq!(
+        status.accepted_requests - status.returned_requests,
+        world.calls() as u64
+    );
+}
+
 /// A guard under a random life: readied, called, polled, dropped, cloned, panicking, while time passes and the inner service is
 /// ready or not. Whatever happens, no more probes run than have slots, nothing leaks, and every call is counted once.
 mod random {
