@@ -29,6 +29,7 @@ mod name;
 mod numbers;
 mod state;
 mod stripe;
+mod subscribe;
 
 #[doc(inline)]
 pub use crate::{
@@ -39,7 +40,7 @@ pub use crate::{
     classify::{Classify, ErrorsAreFailures},
     clock::{Clock, ManualClock, Reading, Timestamp},
     error::ConfigError,
-    event::{Event, EventKind, Events, ListenerId},
+    event::{Event, EventKind, ListenerId},
     guard::{CircuitBreakerLayer, Guard, GuardLayer, RateLimitLayer, ResponseFuture},
     limit::{
         Acquire, Adaptive, Algorithm, RateLimitPermit, RateLimiter, RateLimiterBuilder, RateLimiterStatus,
@@ -54,6 +55,7 @@ pub use crate::{
     rejected::{BoxError, Error, Reason, Rejected},
     state::{Override, State, StateTransitions},
     status::{RegistryStatus, ServiceStatus},
+    subscribe::Events,
 };
 
 #[cfg(feature = "http")]

@@ -41,9 +41,21 @@ impl Outcome {
         }
     }
 
-    /// What the default classifiers say: an error is a failure, unless it is a rejection by another portcullis policy, which
-    /// is a local refusal and says nothing about the service.
-    pub(crate) fn of<T, E: 'static>(result: &Result<T, E>) -> Self {
+    /// What the default classifier says of a result: an error is a failure, unless it is a rejection by another portcullis
+    /// policy, which is a local refusal and says nothing about the service; see
+    /// [`ErrorsAreFailures`](crate::ErrorsAreFailures) for where a rejection is seen. For classifiers that add to it.
+    ///
+    /// ```
+    /// # use portcullis::{CircuitBreaker, CircuitBreakerLayer, Outcome};
+    /// # use std::io;
+    /// # let breaker = CircuitBreaker::builder("search").build()?;
+    /// let layer = CircuitBreakerLayer::new(breaker).classify(|result: &Result<u16, io::Error>| match result {
+    ///     Ok(status) if *status >= 500 => Outcome::Failure,
+    ///     _ => Outcome::of(result),
+    /// });
+    /// # Ok::<(), portcullis::ConfigError>(())
+    /// ```
+    pub fn of<T, E: 'static>(result: &Result<T, E>) -> Self {
         match result {
             Ok(_) => Self::Success,
             Err(error) if Rejected::find_in(error).is_some() => Self::Ignored,

@@ -2,12 +2,13 @@ use crate::{
     breaker::{CircuitBreaker, CircuitBreakerConfig},
     clock::Clock,
     error::ConfigError,
-    event::{Event, Events, Listener, ListenerId},
+    event::{Event, Listener, ListenerId},
     limit::{Algorithm, RateLimiter},
     metrics::{self, MetricsFormat},
     name::Name,
     state::State,
     status::{RegistryStatus, ServiceStatus},
+    subscribe::Events,
 };
 use std::{
     collections::BTreeMap,

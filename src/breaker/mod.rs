@@ -28,13 +28,14 @@ pub use status::{CircuitBreakerMetrics, CircuitBreakerStatus, RejectedByCircuit,
 use crate::{
     clock::{Clock, Reading, Timestamp},
     error::ConfigError,
-    event::{Event, EventKind, Events, Hub, Listener, ListenerId},
+    event::{Event, EventKind, Hub, Listener, ListenerId},
     name::Name,
     permit::{self, Outcome, Permit, Verdict},
     rejected::{Error, Reason, Rejected},
     sealed::Sealed,
     state::{Override, State},
     stripe::{Stripe, Striped},
+    subscribe::Events,
 };
 use machine::{Ended, Lease, Machine, Refusal, Transition};
 use std::{

@@ -49,20 +49,16 @@ impl Tally {
 
 /// The window over which rates are taken.
 #[derive(Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "one a breaker, and read on every call: no pointer to follow"
-)]
 pub(super) enum RateWindow {
     Calls(CountWindow),
-    Time(TimeWindow),
+    Time(Box<TimeWindow>),
 }
 
 impl RateWindow {
     pub(super) fn new(kind: WindowKind) -> Self {
         match kind {
             WindowKind::Calls(calls) => Self::Calls(CountWindow::new(calls)),
-            WindowKind::Time(period) => Self::Time(TimeWindow::new(period)),
+            WindowKind::Time(period) => Self::Time(Box::new(TimeWindow::new(period))),
         }
     }
 
@@ -94,7 +90,7 @@ impl RateWindow {
     pub(super) fn resize(self, kind: WindowKind, now: Timestamp) -> Self {
         match (self, kind) {
             (Self::Calls(window), WindowKind::Calls(calls)) => Self::Calls(window.resize(calls)),
-            (Self::Time(window), WindowKind::Time(period)) => Self::Time(window.resize(period, now)),
+            (Self::Time(window), WindowKind::Time(period)) => Self::Time(Box::new(window.resize(period, now))),
             _ => Self::new(kind),
         }
     }

@@ -19,12 +19,13 @@ pub use token_bucket::TokenBucket;
 use crate::{
     clock::{Clock, Reading, Timestamp},
     error::ConfigError,
-    event::{Event, EventKind, Events, Hub, Listener, ListenerId},
+    event::{Event, EventKind, Hub, Listener, ListenerId},
     name::Name,
     permit::{self, Outcome, Permit, Verdict},
     rejected::{Error, Reason, Rejected},
     sealed::Sealed,
     stripe::{Stripe, Striped},
+    subscribe::Events,
 };
 use algorithm::{Admission, State};
 use queue::Queue;
