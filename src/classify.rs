@@ -10,6 +10,7 @@ use crate::{
     permit::{Outcome, Permit, Verdict},
     sealed::Sealed,
 };
+use std::any::Any;
 
 /// Judges how a call ended. Sees the request before it goes out and the result when it is there; may keep the permit in the
 /// response and settle it later.
@@ -61,7 +62,9 @@ pub struct ErrorsAreFailures;
 
 impl Sealed for ErrorsAreFailures {}
 
-impl<Req, Res, Err: 'static> Classify<Req, Res, Err> for ErrorsAreFailures {
+// `Any` is `'static` and no more. Written as `'static`, rustc (1.95 at least) forgets between incremental builds how it judged the
+// bound, and breaks off with "unstable fingerprints" once a guard is the fallback of another and their crate is edited.
+impl<Req, Res, Err: Any> Classify<Req, Res, Err> for ErrorsAreFailures {
     type Seen = ();
     type Response<P: Permit> = Res;
 
