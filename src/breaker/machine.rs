@@ -137,11 +137,14 @@ impl Machine {
         self.consecutive == 0 && self.window.as_ref().is_none_or(RateWindow::is_clean)
     }
 
-    /// Until when every acquire is refused, if that is so: the end of the open time, or of the first lease of a full set.
+    /// Until when every acquire is refused for one reason, if that is so: the end of the open time, or of the first lease of a
+    /// full set.
     pub(super) fn refused_until(&self) -> Option<Timestamp> {
         match self.mode {
             _ if self.forced.is_some() => None,
             Mode::Closed => None,
+            // Refused for another reason once the open time is over.
+            Mode::Open { until } if self.admits_at(until) > until => None,
             Mode::Open { until } => Some(until),
             Mode::HalfOpen { .. } if self.probes.len() < self.settings.half_open_max_calls => None,
             Mode::HalfOpen { .. } => self.first_lease_end(),
@@ -152,6 +155,11 @@ impl Machine {
     fn first_lease_end(&self) -> Option<Timestamp> {
         let surplus = self.probes.len().checked_sub(self.settings.half_open_max_calls)?;
         self.probes.iter().nth(surplus).map(|lease| lease.end)
+    }
+
+    /// When a circuit that is open until then admits again: probes that outlast the open time may fill the half-open one.
+    fn admits_at(&self, until: Timestamp) -> Timestamp {
+        self.first_lease_end().map_or(until, |end| end.max(until))
     }
 
     /// Makes a due transition real.
@@ -176,7 +184,7 @@ impl Machine {
             (Some(Override::ForcedClosed | Override::Disabled), _) | (None, Mode::Closed) => Ok(None),
             (None, Mode::Open { until }) => Err(Refusal {
                 reason: Reason::Open,
-                until: Some(until),
+                until: Some(self.admits_at(until)),
             }),
             (None, Mode::HalfOpen { .. }) => {
                 while self.probes.first().is_some_and(|lease| lease.end <= now) {
@@ -393,10 +401,10 @@ impl Machine {
             view.since = until;
         }
         let refuse = |reason, until| Some(Refusal { reason, until });
-        view.refusal = match (self.forced, view.state) {
-            (Some(Override::ForcedOpen), _) => refuse(Reason::ForcedOpen, None),
-            (_, State::Open) => refuse(Reason::Open, self.refused_until()),
-            (_, State::HalfOpen) if view.probes >= self.settings.half_open_max_calls => {
+        view.refusal = match (self.forced, view.state, self.mode) {
+            (Some(Override::ForcedOpen), ..) => refuse(Reason::ForcedOpen, None),
+            (_, State::Open, Mode::Open { until }) => refuse(Reason::Open, Some(self.admits_at(until))),
+            (_, State::HalfOpen, _) if view.probes >= self.settings.half_open_max_calls => {
                 let free = view.probes - self.settings.half_open_max_calls;
                 let live = self.probes.iter().filter(|lease| now < lease.end);
                 refuse(Reason::HalfOpenFull, live.map(|lease| lease.end).nth(free))
