@@ -267,17 +267,18 @@ impl Machine {
         if let Some(window) = &mut self.window {
             window.record(failed, ended.slow, now);
         }
-        if self.forced.is_some() || !self.is_tripping(now) {
+        if self.forced.is_some() || !self.is_tripping(failed, now) {
             return None;
         }
         self.transitions.closed_to_open += 1;
         Some(self.open(ended.verdict.retry_after, now))
     }
 
-    fn is_tripping(&self, now: Timestamp) -> bool {
+    fn is_tripping(&self, failed: bool, now: Timestamp) -> bool {
         let settings = &self.settings;
         let consecutive = settings.failure_threshold.is_some_and(|most| self.consecutive >= most);
-        if consecutive || self.times.as_ref().is_some_and(|times| times.is_tripping(now)) {
+        // Only a failure adds to these; that a reconfiguration has lowered their numbers is no reason to trip on a success.
+        if failed && (consecutive || self.times.as_ref().is_some_and(|times| times.is_tripping(now))) {
             return true;
         }
         let Some(tally) = self.window.as_ref().map(|window| window.tally(now)) else {
