@@ -191,8 +191,12 @@ impl TimeWindow {
     }
 
     fn live(&self, now: Timestamp) -> impl Iterator<Item = &Bucket> {
-        let newest = now.nanos() / self.width;
-        // Buckets ahead of a thread that lies behind count as well.
+        // A thread that lies behind sees the window that ends with the newest bucket: no more than one period.
+        let newest = self
+            .buckets
+            .iter()
+            .map(|bucket| bucket.number)
+            .fold(now.nanos() / self.width, u64::max);
         self.buckets
             .iter()
             .filter(move |bucket| bucket.number + BUCKETS as u64 > newest)
@@ -237,16 +241,17 @@ impl FailureTimes {
     }
 
     pub(super) fn record(&mut self, now: Timestamp) {
-        if self.times.len() == self.most {
-            self.times.pop_front();
-        }
-        // In order, also when a thread that lies behind reports late.
+        // In order, also when a thread that lies behind reports late: the oldest goes, whoever reported it.
         let after = self.times.partition_point(|time| *time <= now);
         self.times.insert(after, now);
+        if self.times.len() > self.most {
+            self.times.pop_front();
+        }
     }
 
-    /// How many failures lie within the period that ends now.
+    /// How many failures lie within the period that ends now, or with the newest of them if this thread lies behind.
     pub(super) fn within(&self, now: Timestamp) -> usize {
+        let now = self.times.back().map_or(now, |newest| now.max(*newest));
         let old = |time: &Timestamp| now.nanos().saturating_sub(time.nanos()) >= self.period;
         self.times.len() - self.times.partition_point(old)
     }
