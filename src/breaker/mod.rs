@@ -506,8 +506,11 @@ impl CircuitBreaker {
     pub fn status(&self) -> CircuitBreakerStatus {
         let core: &Core = &self.shared;
         let now = core.clock.now();
-        let config = self.config();
-        let view = core.machine().view(now);
+        let (view, config) = {
+            let machine = core.machine();
+            // Under the machine's lock, as `reconfigure` writes it: the config belongs to the view.
+            (machine.view(now), self.config())
+        };
         CircuitBreakerStatus::new(core.name.clone(), view, config, now, |counter| self.shared.sum(counter))
     }
 
