@@ -1,11 +1,11 @@
 //! One breaker in many hands: threads, listeners, and what is left when the last hand lets go.
 
-use crate::{SECOND, admit, breaker, end_calls, transitions, trip};
-use portcullis::{CircuitBreaker, CircuitBreakerConfig, Outcome, State, Window};
+use crate::{SECOND, admit, breaker, end_calls, transitions, trip, trip_and_wait};
+use portcullis::{CircuitBreaker, CircuitBreakerConfig, Outcome, Reason, State, Window};
 use std::{
     sync::{
         Arc, Barrier,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread,
 };
@@ -103,6 +103,69 @@ fn the_counters_of_two_threads_hammering_one_breaker_add_up() {
             "a generation for each transition"
         );
     }
+}
+
+#[test]
+fn no_more_probes_are_inside_than_allowed_while_threads_come_and_go() {
+    let (breaker, clock) = breaker(|builder| builder.half_open_max_calls(2).success_threshold(2));
+    trip_and_wait(&breaker, &clock);
+    let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for call in 0..10_000 {
+                    let Ok(probe) = breaker.try_acquire() else { continue };
+                    most.fetch_max(inside.fetch_add(1, Ordering::AcqRel) + 1, Ordering::AcqRel);
+                    inside.fetch_sub(1, Ordering::AcqRel);
+                    match call % 3 {
+                        0 => probe.settle(Outcome::Ignored),
+                        1 => probe.unused(),
+                        _ => drop(probe),
+                    }
+                }
+            });
+        }
+    });
+    let most = most.into_inner();
+    assert!((1..=2).contains(&most), "{most} probes were inside at once");
+    let status = breaker.status();
+    assert_eq!((status.state, status.probes_in_flight), (State::HalfOpen, 0));
+}
+
+#[test]
+fn a_rejection_never_mixes_two_states_though_the_circuit_moves_meanwhile() {
+    const ROUNDS: u32 = 20_000;
+    let (breaker, clock) = breaker(|builder| {
+        builder
+            .failure_threshold(1)
+            .half_open_max_calls(1)
+            .success_threshold(1)
+            .recovery_timeout(60 * SECOND)
+            .probe_lease(7 * SECOND)
+    });
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..ROUNDS {
+                if let Ok(permit) = breaker.try_acquire() {
+                    permit.settle(Outcome::Failure);
+                }
+                clock.advance(60 * SECOND);
+            }
+            done.store(true, Ordering::Release);
+        });
+        while !done.load(Ordering::Acquire) {
+            let held = breaker.try_acquire();
+            let Err(why) = breaker.try_acquire() else { continue };
+            // Every step of the clock is a minute: open times end on the minute, leases seven seconds after.
+            let expected = if why.reason == Reason::Open { 0 } else { 7 };
+            let wait = why.retry_after.expect("a retry time").as_secs();
+            assert_eq!(wait % 60, expected, "{why}");
+            if let Ok(permit) = held {
+                permit.settle(Outcome::Ignored);
+            }
+        }
+    });
 }
 
 #[test]
