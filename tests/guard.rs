@@ -478,6 +478,21 @@ fn a_slot_whose_lease_ends_goes_to_the_next_guard_and_the_first_is_refused_when_
 }
 
 #[test]
+fn asking_again_does_not_lengthen_a_lease() {
+    let clock = Clock::manual();
+    let (breaker, world) = (half_open(&clock), Arc::new(World::default()));
+    world.set_pending(true);
+    let layer = CircuitBreakerLayer::new(breaker.clone());
+    let (mut first, mut second) = (layer.layer(echo(&world)), layer.layer(echo(&world)));
+    for _ in 0..10 {
+        assert!(poll_ready(&mut first).is_pending());
+        clock.advance(OPEN / 10);
+    }
+    assert!(poll_ready(&mut second).is_pending(), "the slot is the second's now");
+    assert!(poll_ready(&mut first).is_ready(), "ready to reject");
+}
+
+#[test]
 fn a_guard_called_after_its_lease_ended_takes_a_free_slot_or_is_rejected() {
     let clock = Clock::manual();
     let (breaker, world) = (half_open(&clock), Arc::new(World::default()));
