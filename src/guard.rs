@@ -5,7 +5,7 @@ use crate::{
     classify::{ByError, ByResult, Classify, ErrorsAreFailures},
     clock::Reading,
     limit::RateLimiter,
-    permit::{Verdict, Watch},
+    permit::{Outcome, Verdict, Watch},
     policy::{Admit, Gate, Hold, Policy, Waiting},
     reject::{AsError, Fallback, FallbackWith, Reject},
     rejected::Rejected,
@@ -51,7 +51,13 @@ use tower_service::Service;
 /// clone and by every service that the layer makes. A readied guard of a half-open circuit holds a probe's slot, its clones do
 /// not; dropped, it gives the slot back. While the policy refuses, the inner service is neither polled nor called. The future is
 /// not boxed and is `Send` whenever the parts are; the inner service need not be `Clone` unless the layer
-/// [waits](GuardLayer::wait).
+/// [waits](GuardLayer::wait). An error of the inner `poll_ready` is judged like an error of a call and passes on unchanged; a
+/// panic there is a failure.
+///
+/// Two things follow from tower's readiness. A call that is rejected after the inner service became ready leaves that service
+/// ready, with all that it reserved (a permit of `ConcurrencyLimit`, say), until the guard is called again or dropped: put such
+/// layers outside the guard. And callers who already wait for the inner service to become ready are not woken by a circuit that
+/// opens: they are rejected when the inner service wakes them.
 #[derive(Debug, Clone)]
 pub struct GuardLayer<P, C = ErrorsAreFailures, R = AsError> {
     policy: P,
@@ -299,6 +305,28 @@ enum Ready<T> {
     Refused(Rejected),
 }
 
+/// What is held while the inner service is asked whether it is ready. Dropped with it, the service (or the judgement of its
+/// error) panicked: a failure.
+struct Readying<'a, P: Gate> {
+    policy: &'a P,
+    reserved: Option<P::Reserved>,
+    now: &'a Reading,
+}
+
+impl<P: Gate> Readying<'_, P> {
+    fn done(&mut self) -> P::Reserved {
+        self.reserved.take().expect("taken once")
+    }
+}
+
+impl<P: Gate> Drop for Readying<'_, P> {
+    fn drop(&mut self) {
+        if let Some(reserved) = self.reserved.take() {
+            self.policy.unready(reserved, Outcome::Failure.into(), self.now);
+        }
+    }
+}
+
 impl<S: Clone, P: Gate + Clone, C: Clone, R: Clone> Clone for Guard<S, P, C, R> {
     /// A clone is not ready: it holds nothing of what the original reserved.
     fn clone(&self) -> Self {
@@ -344,18 +372,23 @@ where
                 return Poll::Ready(Ok(()));
             }
         };
+        let mut readying = Readying {
+            policy: &self.layer.policy,
+            reserved: Some(reserved),
+            now: &now,
+        };
         match self.inner.poll_ready(cx) {
             Poll::Pending => {
-                self.ready = Ready::Reserving(reserved);
+                self.ready = Ready::Reserving(readying.done());
                 Poll::Pending
             }
             Poll::Ready(Ok(())) => {
-                self.ready = Ready::Yes(reserved);
+                self.ready = Ready::Yes(readying.done());
                 Poll::Ready(Ok(()))
             }
             Poll::Ready(Err(error)) => {
                 let (verdict, error) = self.layer.classify.unready(error);
-                self.layer.policy.unready(reserved, verdict, &now);
+                self.layer.policy.unready(readying.done(), verdict, &now);
                 Poll::Ready(R::pass(Err(error)).map(|_| ()))
             }
         }

@@ -5,9 +5,9 @@
 
 // In the order in which a request meets them; each imports only from those below it.
 mod guard;
-mod policy;
 
 pub mod classify;
+pub mod policy;
 pub mod reject;
 
 #[cfg(feature = "http")]
@@ -37,8 +37,8 @@ pub use crate::{
         Backoff, CircuitBreaker, CircuitBreakerBuilder, CircuitBreakerConfig, CircuitBreakerMetrics,
         CircuitBreakerPermit, CircuitBreakerStatus, RejectedByCircuit, Window, WindowStatus,
     },
-    classify::{Classify, ErrorsAreFailures},
-    clock::{Clock, ManualClock, Reading, Timestamp},
+    classify::ErrorsAreFailures,
+    clock::{Clock, ManualClock, Timestamp},
     error::ConfigError,
     event::{Event, EventKind, ListenerId},
     guard::{CircuitBreakerLayer, Guard, GuardLayer, RateLimitLayer, ResponseFuture},
@@ -48,10 +48,9 @@ pub use crate::{
     },
     metrics::MetricsFormat,
     name::Name,
-    permit::{Outcome, Permit, Verdict},
-    policy::{Admit, Gate, Hold, Never, Policy, Waiting},
+    permit::{Outcome, Verdict},
     registry::{Registrable, Registry, RegistryError},
-    reject::{AsError, Reject},
+    reject::AsError,
     rejected::{BoxError, Error, Reason, Rejected},
     state::{Override, State, StateTransitions},
     status::{RegistryStatus, ServiceStatus},

@@ -2,11 +2,12 @@
 //!
 //! A [`CircuitBreaker`] is a policy, a [`RateLimiter`] is one, a limiter that [waits](Waiting) is one, and a pair of policies is one.
 
+pub use crate::{clock::Reading, permit::Permit};
+
 use crate::{
     breaker::{CircuitBreaker, CircuitBreakerPermit, Reservation},
-    clock::Reading,
     limit::{Acquire, RateLimitPermit, RateLimiter},
-    permit::{Permit, Verdict},
+    permit::Verdict,
     rejected::Rejected,
     sealed::Sealed,
 };

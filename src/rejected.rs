@@ -76,6 +76,12 @@ impl Reason {
     }
 }
 
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 impl fmt::Display for Rejected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.limit {
@@ -92,7 +98,11 @@ impl fmt::Display for Rejected {
             }
         }
         match self.retry_after {
-            Some(wait) => write!(f, "; retry after {wait:?}"),
+            // For people: rounded up to the millisecond, so that it is never too early. The field is exact.
+            Some(wait) => {
+                let millis = u64::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX);
+                write!(f, "; retry after {:?}", Duration::from_millis(millis))
+            }
             None => Ok(()),
         }
     }
@@ -127,6 +137,26 @@ impl Rejected {
             next = inside(error).or_else(|| error.source());
         }
         None
+    }
+
+    /// [`retry_after`](Self::retry_after) in whole seconds, rounded up and at least 1: what a `Retry-After` header takes.
+    ///
+    /// ```
+    /// # use portcullis::{Clock, RateLimiter, TokenBucket};
+    /// # use std::time::Duration;
+    /// # let clock = Clock::manual();
+    /// let limiter = RateLimiter::builder("search", TokenBucket::new(2, Duration::from_secs(3))).clock(&clock).build()?;
+    /// limiter.try_acquire_n(2)?;
+    /// let rejected = limiter.try_acquire().unwrap_err();
+    /// assert_eq!(rejected.retry_after, Some(Duration::from_millis(1_500)));
+    /// assert_eq!(rejected.retry_after_secs(), Some(2));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn retry_after_secs(&self) -> Option<u64> {
+        let wait = self.retry_after?;
+        let rounded_up = wait.as_secs().saturating_add(u64::from(wait.subsec_nanos() > 0));
+        Some(rounded_up.max(1))
     }
 
     /// The rejection, told when its time is over: what a service was readied to reject and is called for later.

@@ -1,3 +1,5 @@
+use std::fmt;
+
 /// Where a circuit stands.
 ///
 /// ```text
@@ -76,6 +78,18 @@ impl Override {
             Self::ForcedClosed => "forced_closed",
             Self::Disabled => "disabled",
         }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Display for Override {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }
 

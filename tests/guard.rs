@@ -8,7 +8,7 @@ use axum::{
 use futures_util::FutureExt;
 use portcullis::{
     BoxError, CircuitBreaker, CircuitBreakerLayer, Clock, EventKind, Guard, GuardLayer, ManualClock, Outcome,
-    RateLimitLayer, RateLimiter, Reason, Rejected, SlidingWindow, State, TokenBucket, Verdict, Waiting,
+    RateLimitLayer, RateLimiter, Reason, Rejected, SlidingWindow, State, TokenBucket, Verdict, policy::Waiting,
 };
 use std::{
     error::Error as StdError,
@@ -920,7 +920,7 @@ fn a_panic_after_a_wait_counts_once_and_the_permit_is_spent() {
 }
 
 #[test]
-fn a_panic_in_poll_ready_frees_the_slot() {
+fn a_panic_in_poll_ready_counts_as_one_failure_and_frees_the_slot() {
     struct Broken;
     impl Service<u32> for Broken {
         type Response = u32;
@@ -935,9 +935,17 @@ fn a_panic_in_poll_ready_frees_the_slot() {
     }
     let clock = Clock::manual();
     let breaker = half_open(&clock);
+    let failed = breaker.status().metrics.failed_requests;
     let mut guard = CircuitBreakerLayer::new(breaker.clone()).layer(Broken);
     catch_unwind(AssertUnwindSafe(|| poll_ready(&mut guard).is_ready())).unwrap_err();
     assert_eq!(probes(&breaker), 0);
+    assert_eq!(
+        breaker.state(),
+        State::Open,
+        "a probe that fails to become ready has failed"
+    );
+    drop(guard);
+    assert_eq!(breaker.status().metrics.failed_requests, failed + 1, "once");
 }
 
 #[test]

@@ -123,11 +123,6 @@ impl Rejections {
             return None;
         }
         self.0.insert(kind, at);
-        let mut why = why.clone();
-        // Nanoseconds are for programs.
-        why.retry_after = why
-            .retry_after
-            .map(|wait| Duration::from_millis(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX).saturating_add(1)));
         Some(format!("rejected: {why}"))
     }
 }

@@ -105,10 +105,8 @@ async fn rejection(_: Request, why: Rejected) -> Result<Response, Infallible> {
             "retry_after": why.retry_after.map(|wait| wait.as_secs_f64()),
         }),
     );
-    if let Some(wait) = why.retry_after {
-        // The header knows whole seconds only: rounded up, so that whoever obeys it is not rejected again.
-        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-        answer.headers_mut().insert(header::RETRY_AFTER, seconds.max(1).into());
+    if let Some(seconds) = why.retry_after_secs() {
+        answer.headers_mut().insert(header::RETRY_AFTER, seconds.into());
     }
     Ok(answer)
 }
