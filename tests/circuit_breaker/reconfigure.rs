@@ -285,3 +285,30 @@ fn overrides_counters_and_the_backoff_survive() {
     reconfigure(&breaker, config());
     assert!(breaker.try_acquire().is_err(), "forced open until reset");
 }
+
+#[test]
+fn jitter_goes_on_under_the_same_seed_and_starts_over_under_another() {
+    let jittered = |seed: u64| {
+        let backoff = Backoff::new(1.0, 60 * SECOND).jitter(1.0).seed(seed);
+        config().failure_threshold(1).recovery_backoff(backoff)
+    };
+    let open_time = |breaker: &CircuitBreaker| {
+        breaker.reset();
+        trip(breaker);
+        breaker.status().retry_after.expect("open")
+    };
+    let open_times = |seed: u64| -> Vec<Duration> {
+        let (breaker, _clock) = breaker(|builder| builder.config(jittered(seed)));
+        (0..3).map(|_| open_time(&breaker)).collect()
+    };
+    let (breaker, _clock) = breaker(|builder| builder.config(jittered(1)));
+    for (seed, expected) in [
+        (1, open_times(1)[0]),
+        (1, open_times(1)[1]),
+        (2, open_times(2)[0]),
+        (2, open_times(2)[1]),
+    ] {
+        reconfigure(&breaker, jittered(seed).success_threshold(1));
+        assert_eq!(open_time(&breaker), expected, "seed {seed}");
+    }
+}

@@ -1,7 +1,7 @@
 //! Clocks that stand still, jump, or lie behind.
 
-use crate::{SECOND, YEAR, admit, breaker, end_calls, transitions, trip, trip_and_wait};
-use portcullis::{Backoff, Outcome, State, Window};
+use crate::{NANO, SECOND, YEAR, admit, breaker, end_calls, just_before, transitions, trip, trip_and_wait};
+use portcullis::{Backoff, CircuitBreaker, Outcome, State, Window};
 use std::time::Duration;
 
 #[test]
@@ -191,4 +191,16 @@ fn a_thread_that_lies_behind_does_not_see_more_than_one_time_window() {
     );
     end_calls(&breaker, 1, Outcome::Success);
     assert_eq!(breaker.state(), State::Closed, "no ten calls lie within ten seconds");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_default_clock_is_tokios_and_can_be_paused() {
+    let breaker = CircuitBreaker::builder("search")
+        .build()
+        .expect("the defaults are valid");
+    trip(&breaker);
+    tokio::time::advance(just_before(60 * SECOND)).await;
+    assert_eq!(breaker.state(), State::Open);
+    tokio::time::advance(NANO).await;
+    assert_eq!(breaker.state(), State::HalfOpen);
 }

@@ -1,8 +1,8 @@
 //! What opens a closed circuit, and what does not.
 
 use crate::{NANO, SECOND, admit, breaker, end_calls, just_before, transitions, trip_and_wait};
-use portcullis::{CircuitBreaker, Outcome, State, Window};
-use proptest::prelude::*;
+use portcullis::{CircuitBreaker, Outcome, State, Timestamp, Window};
+use proptest::{prelude::*, test_runner::TestCaseResult};
 use std::{collections::VecDeque, time::Duration};
 
 #[test]
@@ -309,18 +309,25 @@ proptest! {
         });
         clock.advance(Duration::from_nanos(phase));
         let mut calls = Vec::new();
-        for (step, failed) in steps {
-            clock.advance(Duration::from_nanos(step));
-            admit(&breaker).settle(if failed { Outcome::Failure } else { Outcome::Success });
-            calls.push((clock.now(), failed));
+        let check = |calls: &[(Timestamp, bool)]| -> TestCaseResult {
             let young = |most: Duration, failures_only: bool| {
-                let counts = |&&(at, failed): &&(_, bool)| clock.now().duration_since(at) < most && (failed || !failures_only);
+                let counts = |&&(at, failed): &&(Timestamp, bool)| {
+                    clock.now().duration_since(at) < most && (failed || !failures_only)
+                };
                 calls.iter().filter(counts).count() as u64
             };
             let window = breaker.status().window.expect("a rate is watched");
             let (sure, most) = (period * 9 / 10 + NANO, period);
             prop_assert!((young(sure, false)..=young(most, false)).contains(&window.calls));
             prop_assert!((young(sure, true)..=young(most, true)).contains(&window.failures));
+            Ok(())
+        };
+        for (step, failed) in steps {
+            clock.advance(Duration::from_nanos(step));
+            check(&calls)?;
+            admit(&breaker).settle(if failed { Outcome::Failure } else { Outcome::Success });
+            calls.push((clock.now(), failed));
+            check(&calls)?;
         }
     }
 
@@ -337,7 +344,7 @@ proptest! {
             clock.advance(Duration::from_nanos(gap));
             end_calls(&breaker, 1, Outcome::Failure);
             failures.push(clock.now());
-            let recent = |at: &&portcullis::Timestamp| clock.now().duration_since(**at) < Duration::from_nanos(period);
+            let recent = |at: &&Timestamp| clock.now().duration_since(**at) < Duration::from_nanos(period);
             let tripping = failures.iter().filter(recent).count() >= most as usize;
             prop_assert_eq!(breaker.state() == State::Open, tripping);
             if tripping {
