@@ -182,6 +182,24 @@ fn failures_within_a_period_are_kept_under_another_number_and_period() {
 }
 
 #[test]
+fn a_success_never_trips_a_condition_that_counts_failures() {
+    for last in [Outcome::Failure, Outcome::Success] {
+        let (breaker, _clock) = breaker(|builder| builder.failures_within(5, SECOND));
+        end_calls(&breaker, 3, Outcome::Failure);
+        end_calls(&breaker, 1, last);
+        reconfigure(&breaker, config().failures_within(2, SECOND));
+        end_calls(&breaker, 10, Outcome::Success);
+        assert_eq!(
+            breaker.state(),
+            State::Closed,
+            "successes after a {last:?}, with too many failures for the new config"
+        );
+        end_calls(&breaker, 1, Outcome::Failure);
+        assert_eq!(breaker.state(), State::Open);
+    }
+}
+
+#[test]
 fn an_open_circuit_keeps_the_instant_at_which_it_will_probe() {
     let (breaker, clock) = breaker(|builder| builder);
     trip(&breaker);

@@ -134,7 +134,7 @@ fn no_more_probes_are_inside_than_allowed_while_threads_come_and_go() {
 
 #[test]
 fn a_rejection_never_mixes_two_states_though_the_circuit_moves_meanwhile() {
-    const ROUNDS: u32 = 20_000;
+    const ROUNDS: u32 = 200_000;
     let (breaker, clock) = breaker(|builder| {
         builder
             .failure_threshold(1)
