@@ -79,7 +79,9 @@ struct Parsed {
 }
 
 fn parse(page: &str, format: MetricsFormat) -> Parsed {
-    let python = env::var_os("PORTCULLIS_PYTHON").unwrap_or_else(|| "python3".into());
+    // The one that tests/run has made, also for a plain `cargo test` afterwards.
+    let made = concat!(env!("CARGO_MANIFEST_DIR"), "/target/python/bin/python");
+    let python = env::var_os("PORTCULLIS_PYTHON").unwrap_or_else(|| made.into());
     let format = if format == MetricsFormat::OpenMetrics {
         "openmetrics"
     } else {

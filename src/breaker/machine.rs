@@ -304,9 +304,15 @@ impl Machine {
         let Some(backoff) = self.settings.backoff else {
             return self.settings.recovery_timeout;
         };
-        let exponent = i32::try_from(self.trips.saturating_sub(1)).unwrap_or(i32::MAX);
-        let grown = self.settings.recovery_timeout as f64 * backoff.multiplier.powi(exponent);
-        let full = to_nanos(grown).min(nanos(backoff.max));
+        // The first trip takes the timeout as it is: a float would round a long one.
+        let full = match self.trips.saturating_sub(1) {
+            0 => self.settings.recovery_timeout,
+            again => {
+                let exponent = i32::try_from(again).unwrap_or(i32::MAX);
+                let grown = self.settings.recovery_timeout as f64 * backoff.multiplier.powi(exponent);
+                to_nanos(grown).min(nanos(backoff.max))
+            }
+        };
         let share = backoff.jitter * self.next_random();
         full.saturating_sub(to_nanos(full as f64 * share)).max(1)
     }
