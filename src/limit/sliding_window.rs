@@ -65,11 +65,15 @@ impl SlidingWindow {
 /// *Why it is exact.* An admission overwrites the slot of an admission that is at least one window old. If N + 1 admissions lay
 /// within one window, two of them would share one of the N slots, and those two are a window apart.
 ///
-/// *Protocol.* `head` is the position of the next admission: `lap << 24 | index`, so it only rises (a refund apart) and repeats
-/// only after 2⁴⁰ laps. An admission of n reads the n slots from the head on. Each must carry the mark of the lap
-/// before (one parity bit) and a stamp that is one window old; then it moves the head past them with one compare-and-swap, which
-/// makes them its own, and writes its stamps. A slot without the mark has been claimed and not yet written: its stamp is not
-/// known, so it is taken for new. Nobody waits for anybody.
+/// *Protocol.* `head` is the position of the next admission: `lap << 24 | index`. It only rises, and repeats only after 2⁴⁰ laps,
+/// so a compare-and-swap that succeeds has missed nothing. An admission of n reads the n slots from the head on. Each must carry
+/// the mark of the lap before (one parity bit) and a stamp that is one window old; then it moves the head past them with one
+/// compare-and-swap, which makes them its own, and writes its stamps. A slot without the mark has been claimed and not yet
+/// written: its stamp is not known, so it is taken for new. Nobody waits for anybody.
+///
+/// A refund steps back to the first of its slots, but two laps further on: the marks are the same there, and the head has risen.
+/// To everybody else its slots are now claimed and not yet written, so they are its own until it writes, with the mark of the
+/// lap before, a stamp that is just old enough.
 ///
 /// The head's compare-and-swap is `AcqRel` and its load `Acquire`, so whoever sees a head sees what its makers saw; a stamp is
 /// stored with Release and loaded with Acquire, though only its own value matters.
@@ -219,46 +223,40 @@ impl SlidingWindowState {
 
     /// Takes an admission back if it is the newest; `false` if others have come since, and it stays.
     ///
-    /// The slots first get back a stamp that is just old enough, with the mark of the lap before; then the head steps back. If
-    /// somebody was quicker, the stamps are put right again, each only where nobody has written meanwhile. Until then the slots
-    /// count as claimed and not written: for others, new.
+    /// It is the newest if the head stands behind it, laps apart, and its slots still hold what it wrote: a later admission that
+    /// used one of them, taken back or not, left another word there.
     pub(super) fn give_back(&self, admission: Admission, cost: u32) -> bool {
-        let first = Position::unpack(admission.head);
-        let cost = index(cost.into());
-        let after = first.forward(cost, self.ring.len()).pack();
-        if self.head.load(Ordering::Acquire) != after {
+        let (first, cost) = (Position::unpack(admission.head), index(cost.into()));
+        let after = first.forward(cost, self.ring.len());
+        let head = self.head.load(Ordering::Acquire);
+        let stands = Position::unpack(head);
+        let slots = || (0..cost).map(|ahead| first.forward(ahead, self.ring.len()));
+        let is_its_own = |at: Position| {
+            let (stamp, odd) = (admission.stamp, at.is_odd());
+            self.ring[at.index].load(Ordering::Acquire) == Slot { stamp, odd }.pack()
+        };
+        if stands.index != after.index || stands.is_odd() != after.is_odd() || !slots().all(is_its_own) {
             return false;
         }
-        let words = |at: Position| {
-            let old = admission.stamp.saturating_sub(self.window);
+        let back = Position {
+            lap: stands.lap + 2 - (after.lap - first.lap),
+            index: first.index,
+        };
+        if self
+            .head
+            .compare_exchange(head, back.pack(), Ordering::AcqRel, Ordering::Acquire)
+            .is_err()
+        {
+            return false;
+        }
+        for at in slots() {
             let free = Slot {
-                stamp: old,
+                stamp: admission.stamp.saturating_sub(self.window),
                 odd: !at.is_odd(),
             };
-            let taken = Slot {
-                stamp: admission.stamp,
-                odd: at.is_odd(),
-            };
-            (free.pack(), taken.pack())
-        };
-        let slots = (0..cost).map(|ahead| first.forward(ahead, self.ring.len()));
-        for at in slots.clone() {
-            let (free, taken) = words(at);
-            let slot = &self.ring[at.index];
-            let _ = slot.compare_exchange(taken, free, Ordering::AcqRel, Ordering::Acquire);
+            self.ring[at.index].store(free.pack(), Ordering::Release);
         }
-        let back = self
-            .head
-            .compare_exchange(after, admission.head, Ordering::AcqRel, Ordering::Acquire);
-        if back.is_ok() {
-            return true;
-        }
-        for at in slots {
-            let (free, taken) = words(at);
-            let slot = &self.ring[at.index];
-            let _ = slot.compare_exchange(free, taken, Ordering::AcqRel, Ordering::Acquire);
-        }
-        false
+        true
     }
 
     /// When `cost` more admissions will have found room, one after the other; may be more than the quota.
