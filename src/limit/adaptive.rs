@@ -416,17 +416,15 @@ impl AdaptiveState {
     /// When so many units will have been made, if no more outcomes arrive: a move that is already settled is foreseen.
     fn when(&self, units: u64, now: Timestamp) -> Timestamp {
         let course = self.course();
-        let seen = self.seen();
-        let (course, seen) = match self.next_course(&course, seen, now) {
-            Some(next) => (next, Seen::default()),
-            None => (*course, seen),
-        };
+        if let Some(next) = self.next_course(&course, self.seen(), now) {
+            // A move that is due uses up what was seen: none follows from it.
+            return next.line.when(units);
+        }
         let at = course.line.when(units);
         if at <= course.window_end {
             return at;
         }
-        let next = self.next_course(&course, seen, course.window_end);
-        next.unwrap_or(course).line.when(units)
+        self.present(&course, course.window_end).line.when(units)
     }
 
     pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
