@@ -185,7 +185,7 @@ impl Adaptive {
     fn token(&self) -> Result<u64, ConfigError> {
         const FINE_ENOUGH: u64 = 1 << 32;
         let century = u128::from(nanos(LONGEST)) * u128::from(self.highest());
-        let tokens = century.div_ceil(u128::from(nanos(self.window))) + 2 * u128::from(self.largest());
+        let tokens = century.div_ceil(u128::from(nanos(self.window))) + 3 * u128::from(self.largest());
         match u64::try_from(u128::from(u64::MAX) / tokens) {
             Ok(0) => Err(ConfigError::new(
                 "max_rate",

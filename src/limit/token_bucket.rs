@@ -73,9 +73,10 @@ impl TokenBucket {
     /// Units a token, and units a nanosecond as a fraction.
     fn scale(&self) -> Result<(u64, u64, u64), ConfigError> {
         let (limit, period) = (u64::from(self.limit), nanos(self.period));
-        // What must fit in 64 bits: the tokens of a hundred years, the burst they start with and the burst that debt may reach.
+        // What must fit in 64 bits: the tokens of a hundred years, the burst they start with, the burst that debt may reach and
+        // the one that is asked for then.
         let century = u128::from(nanos(LONGEST)) * u128::from(limit);
-        let tokens = century.div_ceil(u128::from(period)) + 2 * u128::from(self.largest());
+        let tokens = century.div_ceil(u128::from(period)) + 3 * u128::from(self.largest());
         let exact = period / gcd(limit, period);
         let finest = u64::try_from(u128::from(u64::MAX) / tokens).unwrap_or(u64::MAX);
         if finest == 0 {
