@@ -133,7 +133,7 @@ impl Bucket {
         let made = line.floor(now);
         let units = self.token.saturating_mul(cost.into());
         let more = |gone: u64| {
-            let most = made.saturating_add(self.burst).max(gone);
+            let most = line.ceil(now).saturating_add(self.burst).max(gone);
             Some(self.level(line, made, gone, now).saturating_add(units).min(most))
         };
         let _ = self.gone.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
