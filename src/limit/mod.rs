@@ -163,6 +163,7 @@ impl Core {
     }
 
     fn give_back(&self, admission: Admission, cost: u32, now: Timestamp) {
+        self.roll(now);
         if cost > 0 && self.state.give_back(admission, cost) {
             self.serve(now);
         }
@@ -559,6 +560,7 @@ impl Permit for RateLimitPermit {
             && cost != self.cost
         {
             let now = now.at(&core.clock);
+            core.roll(now);
             core.state.correct(self.cost, cost, now);
             core.serve(now);
         }
