@@ -155,10 +155,12 @@ impl Core {
         }
     }
 
-    /// Serves who waits after something came back.
+    /// Serves who waits after something came back or the front left. Who is the front then looks at the clock again: what is
+    /// not enough for it brings its time nearer all the same.
     fn serve(&self, now: Timestamp) {
         if !self.queue.is_empty() {
             self.queue.serve(|cost| self.take(cost, now), |_| ());
+            self.queue.wake_front();
         }
     }
 
