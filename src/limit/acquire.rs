@@ -71,12 +71,11 @@ struct Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let core: &Core = &self.limiter.shared;
-        let now = core.clock.now();
-        let left = core
-            .queue
-            .serve(|cost| core.take(cost, now), |waiters| waiters.leave(self.number));
-        if let Some(admission) = left {
-            core.give_back(admission, self.cost, now);
+        // Out of the line first: a sliding window could not take back what it served to who leaves once the next is served too.
+        match core.queue.leave(self.number) {
+            (Some(admission), _) => core.give_back(admission, self.cost, core.clock.now()),
+            (None, true) => core.serve(core.clock.now()),
+            (None, false) => {}
         }
     }
 }

@@ -97,6 +97,17 @@ impl Queue {
         done
     }
 
+    /// Takes a waiter out: its admission, if it was served and did not fetch it, and whether all others have moved up.
+    pub(super) fn leave(&self, number: u64) -> (Option<Admission>, bool) {
+        let mut waiters = self.lock();
+        let was_front = waiters.front() == Some(number);
+        if let Some(waiter) = waiters.waiting.remove(&number) {
+            waiters.cost -= u64::from(waiter.cost);
+        }
+        self.waiting.store(waiters.waiting.len(), Ordering::Release);
+        (waiters.served.remove(&number), was_front)
+    }
+
     /// Has the front look at the clock again: what it waits for may come earlier now.
     pub(super) fn wake_front(&self) {
         if self.is_empty() {
@@ -160,13 +171,5 @@ impl Waiters {
             }
             None => unreachable!("a waiter leaves by its own hand"),
         }
-    }
-
-    /// Takes a waiter out; its admission, if it was served and did not fetch it.
-    pub(super) fn leave(&mut self, number: u64) -> Option<Admission> {
-        if let Some(waiter) = self.waiting.remove(&number) {
-            self.cost -= u64::from(waiter.cost);
-        }
-        self.served.remove(&number)
     }
 }
