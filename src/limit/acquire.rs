@@ -111,7 +111,8 @@ impl Place {
                 {
                     return (None, Look::Admitted(admission));
                 }
-                let until = core.state.due(waiters.cost() + u64::from(cost), now);
+                let before = waiters.cost();
+                let until = core.state.due(before + u64::from(cost), now);
                 if deadline.is_some_and(|deadline| until > deadline) {
                     return (None, Look::Refused { until });
                 }
@@ -121,6 +122,7 @@ impl Place {
                     cost,
                     deadline,
                 };
+                let until = if before == 0 { core.settled(until, now) } else { until };
                 (Some(place), Look::Waiting { until: Some(until) })
             },
         )
@@ -138,6 +140,8 @@ impl Place {
                 if self.deadline.is_some_and(|deadline| now >= deadline) {
                     return Look::Refused { until };
                 }
+                let is_front = cost == u64::from(self.cost);
+                let until = if is_front { core.settled(until, now) } else { until };
                 // Something changed between the two looks: whoever changed it wakes the front.
                 let until = Some(until).filter(|until| now < *until);
                 Look::Waiting { until }

@@ -413,6 +413,12 @@ impl AdaptiveState {
         self.present(&course, now).rate
     }
 
+    /// When the window ends that `now` lies in.
+    pub(super) fn window_end(&self, now: Timestamp) -> Timestamp {
+        let course = self.course();
+        self.next_course(&course, now).unwrap_or(*course).window_end
+    }
+
     /// When so many units will have been made, if no more outcomes arrive: a move that is already settled is foreseen.
     fn when(&self, units: u64, now: Timestamp) -> Timestamp {
         let course = self.course();

@@ -176,6 +176,14 @@ impl State {
         }
     }
 
+    /// When the rate may move next.
+    pub(super) fn next_move(&self, now: Timestamp) -> Option<Timestamp> {
+        match self {
+            Self::Adaptive(state) => Some(state.window_end(now)),
+            Self::TokenBucket(_) | Self::SlidingWindow(_) => None,
+        }
+    }
+
     /// Whether outcomes matter.
     pub(super) fn learns(&self) -> bool {
         matches!(self, Self::Adaptive(_))

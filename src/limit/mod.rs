@@ -164,6 +164,13 @@ impl Core {
         }
     }
 
+    /// Until when the front of the line may sleep that is due at `until`: the rate may have changed before.
+    fn settled(&self, until: Timestamp, now: Timestamp) -> Timestamp {
+        self.state
+            .next_move(now)
+            .map_or(until, |next_move| until.min(next_move))
+    }
+
     fn give_back(&self, admission: Admission, cost: u32, now: Timestamp) {
         self.roll(now);
         if cost > 0 && self.state.give_back(admission, cost) {
