@@ -35,7 +35,7 @@ pub struct RateLimiterStatus {
     pub period: Duration,
     /// The most that is admitted at once.
     pub burst: u32,
-    /// What is there now, in requests: the whole part of it would be admitted.
+    /// What is there now, in requests: the whole part of it would be admitted. What is there for those who wait is theirs.
     pub available_tokens: f64,
     /// How long until the next `try_acquire` would be admitted, if it would be rejected now.
     #[cfg_attr(feature = "serde", serde(serialize_with = "crate::numbers::optional_seconds"))]
@@ -98,7 +98,7 @@ impl RateLimiterStatus {
             rate: core.state.adaptive_rate(now).unwrap_or(limit.into()),
             period,
             burst: core.algorithm.largest(),
-            available_tokens: core.state.available(now),
+            available_tokens: (core.state.available(now) - core.queue.cost() as f64).max(0.0),
             retry_after: refusal.and_then(|refusal| refusal.retry_after),
             waiting: core.queue.len(),
             accepted_requests,
