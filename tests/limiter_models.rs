@@ -2,7 +2,7 @@
 
 mod limiters;
 
-use limiters::{NANOSECOND, SECOND, YEAR, acquire_when_told, limiter};
+use limiters::{NANOSECOND, SECOND, YEAR, acquire_when_told, just_before, limiter};
 use portcullis::{Adaptive, Algorithm, ManualClock, Outcome, RateLimitPermit, RateLimiter, SlidingWindow, TokenBucket};
 use portcullis::{Rejected, Timestamp, Verdict};
 use proptest::prelude::*;
@@ -100,7 +100,11 @@ impl<M: Model> Run<M> {
 
     fn cost(&self, any: u32) -> u32 {
         // Small costs half of the time: they are the ones that meet each other.
-        let most = if any % 2 == 0 { self.burst.min(3) } else { self.burst };
+        let most = if any.is_multiple_of(2) {
+            self.burst.min(3)
+        } else {
+            self.burst
+        };
         (any / 2) % most + 1
     }
 
@@ -178,7 +182,7 @@ impl<M: Model> Run<M> {
                         self.admitted(cost, permit);
                     }
                     Err(wait) if wait < Some(YEAR) => {
-                        self.clock.advance(wait.unwrap_or_default() - NANOSECOND);
+                        self.clock.advance(just_before(wait.unwrap_or_default()));
                         let early = self
                             .limiter
                             .try_acquire_n(cost)

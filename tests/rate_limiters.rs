@@ -2,7 +2,7 @@
 
 mod limiters;
 
-use limiters::{NANOSECOND, SECOND, YEAR, acquire_when_told, limiter, wait_of};
+use limiters::{NANOSECOND, SECOND, YEAR, acquire_when_told, just_before, limiter, wait_of};
 use portcullis::{
     Adaptive, Algorithm, Clock, ConfigError, Error, EventKind, ManualClock, Name, Outcome, RateLimiter, Reason,
     Rejected, SlidingWindow, TokenBucket, Verdict,
@@ -33,11 +33,9 @@ fn equal(a: f64, b: f64) -> bool {
 
 /// How many single requests are admitted before the first refusal.
 fn drain(limiter: &RateLimiter) -> u32 {
-    (0..)
-        .take_while(|_| limiter.try_acquire().is_ok())
-        .count()
-        .try_into()
-        .expect("a burst")
+    (0..u32::MAX)
+        .find(|_| limiter.try_acquire().is_err())
+        .expect("a limiter has an end")
 }
 
 // ---- settings ----
@@ -375,7 +373,7 @@ fn a_limit_per_second_is_so_many_each_second() {
 #[test]
 fn a_sliding_window_has_no_boundary_at_which_twice_the_limit_passes() {
     let (clock, limiter) = limiter(SlidingWindow::new(100, SECOND));
-    clock.advance(SECOND - NANOSECOND);
+    clock.advance(just_before(SECOND));
     assert_eq!(drain(&limiter), 100);
     clock.advance(NANOSECOND);
     assert_eq!(
@@ -383,7 +381,7 @@ fn a_sliding_window_has_no_boundary_at_which_twice_the_limit_passes() {
         0,
         "a second of the clock begins, and the window does not care"
     );
-    clock.advance(SECOND - 2 * NANOSECOND);
+    clock.advance(just_before(just_before(SECOND)));
     assert_eq!(drain(&limiter), 0);
     clock.advance(NANOSECOND);
     assert_eq!(drain(&limiter), 100, "exactly one window later");
@@ -560,7 +558,8 @@ fn a_sliding_window_outlives_refunds_of_permits_that_are_a_window_old() {
         for cost in 1..=max_requests {
             let (clock, limiter) = limiter(SlidingWindow::new(max_requests, MINUTE));
             let old = limiter.try_acquire_n(cost).unwrap();
-            clock.advance(MINUTE);
+            // One window and a little: the times of both must not be mistaken for each other.
+            clock.advance(MINUTE + SECOND);
             let new = limiter.try_acquire_n(max_requests).unwrap();
             new.unused();
             old.unused();
@@ -730,7 +729,7 @@ fn the_rate_falls_once_for_each_window_with_too_many_failures() {
         end(&limiter, 9, Outcome::Success);
         end(&limiter, 2, Outcome::Failure);
         let before = rate(&limiter);
-        clock.advance(MINUTE - NANOSECOND);
+        clock.advance(just_before(MINUTE));
         assert!(equal(rate(&limiter), before), "not before the window ends");
         clock.advance(NANOSECOND);
         assert!(equal(rate(&limiter), expected), "{} is not {expected}", rate(&limiter));
@@ -817,7 +816,7 @@ fn many_silent_windows_are_one_move() {
         assert_eq!(drain(&limiter), 100, "and fills the bucket once");
         assert!(equal(rate(&limiter), expected));
         // The windows still end where they would have.
-        end_of_window_is_after(&clock, &limiter, MINUTE - SECOND - YEAR_PAST_ITS_MINUTE);
+        end_of_window_is_after(&clock, &limiter, MINUTE.saturating_sub(SECOND + YEAR_PAST_ITS_MINUTE));
     }
 }
 
@@ -830,7 +829,7 @@ fn end_of_window_is_after(clock: &ManualClock, limiter: &RateLimiter, wait: Dura
     for _ in 0..10 {
         limiter.try_acquire_n(0).expect("free").settle(Outcome::Failure);
     }
-    clock.advance(wait - NANOSECOND);
+    clock.advance(just_before(wait));
     assert!(equal(rate(limiter), before));
     clock.advance(NANOSECOND);
     assert!(equal(rate(limiter), before * 0.8));
@@ -882,7 +881,7 @@ fn a_retry_time_across_the_end_of_a_window_knows_the_next_rate() {
         // 100 come in this window, 60 more after it at 80, 120 or 100 a minute.
         assert_eq!(
             acquire_when_told(&clock, &limiter, 160),
-            MINUTE - MINUTE / 3 + after,
+            2 * MINUTE / 3 + after,
             "{outcome:?}"
         );
     }
@@ -1225,7 +1224,7 @@ fn refunds_that_race_with_admissions_neither_exceed_a_window_nor_wedge_it() {
         let (clock, limiter) = limiter(SlidingWindow::new(max_requests, WINDOW));
         let tick = AtomicU32::new(0);
         let admitted: Vec<AtomicU32> = (0..=TICKS).map(|_| AtomicU32::new(0)).collect();
-        let over = AtomicBool::new(false);
+        let (over, refunds) = (AtomicBool::new(false), AtomicU32::new(0));
         on_threads(threads, |thread| {
             let take = |cost| {
                 let before = tick.load(Ordering::SeqCst);
@@ -1245,19 +1244,25 @@ fn refunds_that_race_with_admissions_neither_exceed_a_window_nor_wedge_it() {
                 }
                 return;
             }
-            for next in 1..=TICKS {
-                let old = take(cost);
+            let move_on = |next| {
                 // Between two ticks nobody counts: the time has moved, or has not.
                 tick.store(u32::MAX, Ordering::SeqCst);
                 clock.advance(WINDOW);
                 tick.store(next, Ordering::SeqCst);
+            };
+            for next in (1..TICKS).step_by(2) {
+                move_on(next);
+                let old = take(cost);
+                move_on(next + 1);
                 if let Some(old) = old {
                     old.unused();
+                    refunds.fetch_add(1, Ordering::SeqCst);
                 }
                 drop(take(max_requests));
             }
             over.store(true, Ordering::SeqCst);
         });
+        assert!(refunds.into_inner() > 0, "the race took place");
         for (tick, admitted) in admitted.iter().enumerate() {
             let admitted = admitted.load(Ordering::SeqCst);
             assert!(

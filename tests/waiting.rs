@@ -2,7 +2,7 @@
 
 mod limiters;
 
-use limiters::{NANOSECOND, SECOND, YEAR, acquire_when_told, limiter, wait_of};
+use limiters::{NANOSECOND, SECOND, YEAR, acquire_when_told, just_before, limiter, wait_of};
 use portcullis::{Acquire, Adaptive, Algorithm, Outcome, RateLimitPermit, RateLimiter, Reason, Rejected};
 use portcullis::{SlidingWindow, TokenBucket, Verdict};
 use std::{
@@ -83,7 +83,7 @@ fn waiters_are_served_in_order_of_arrival() {
         let mut line: Vec<_> = (0..4).map(|_| waiting(limiter.acquire())).collect();
         for turn in 0..4 {
             assert_eq!(limiter.status().waiting, 4 - turn, "{algorithm:?}");
-            clock.advance(SECOND - NANOSECOND);
+            clock.advance(just_before(SECOND));
             for waiter in &mut line[turn..] {
                 assert_pending!(waiter.poll(), "one nanosecond early");
             }
@@ -204,14 +204,14 @@ fn a_wait_that_cannot_fit_is_refused_at_once() {
     for algorithm in one_a_second() {
         let (clock, limiter) = limiter(algorithm);
         limiter.try_acquire().unwrap();
-        let rejected = refused(&mut spawn(limiter.acquire_within(1, SECOND - NANOSECOND)));
+        let rejected = refused(&mut spawn(limiter.acquire_within(1, just_before(SECOND))));
         assert_eq!(
             (rejected.reason, rejected.retry_after),
             (Reason::OverLimit, Some(SECOND))
         );
         assert_eq!(limiter.status().waiting, 0, "it never stood in line");
         let mut fits = waiting(limiter.acquire_within(1, SECOND));
-        let behind = refused(&mut spawn(limiter.acquire_within(1, 2 * SECOND - NANOSECOND)));
+        let behind = refused(&mut spawn(limiter.acquire_within(1, just_before(2 * SECOND))));
         assert_eq!(behind.retry_after, Some(2 * SECOND), "those before it count");
         let mut fits_too = waiting(limiter.acquire_within(1, 2 * SECOND));
         clock.advance(SECOND);
@@ -259,7 +259,7 @@ fn a_wait_that_did_not_fit_after_all_is_refused_at_its_deadline() {
     reserved.settle(Verdict::new(Outcome::Success).cost(2));
     clock.advance(SECOND);
     assert_pending!(late.poll(), "its token has been used by the call before");
-    clock.advance(SECOND / 2 - NANOSECOND);
+    clock.advance(just_before(SECOND / 2));
     assert_pending!(late.poll(), "its time is not over yet");
     clock.advance(NANOSECOND);
     assert!(late.is_woken(), "the deadline wakes it");
@@ -415,7 +415,7 @@ fn a_waiter_sees_the_rate_rise_while_it_waits() {
     // The window has ended with a success: 10 tokens are there, 15 a minute come from now on. Nobody else comes by.
     assert!(waiter.is_woken(), "the end of the window may bring its time nearer");
     settle_down(&mut waiter);
-    clock.advance(40 * SECOND - NANOSECOND);
+    clock.advance(just_before(40 * SECOND));
     assert!(!waiter.is_woken(), "not before the tokens are there");
     clock.advance(NANOSECOND);
     admitted(&mut waiter);
@@ -526,7 +526,7 @@ fn a_thread_that_lies_behind_serves_nobody_too_early() {
         let mut waiter = waiting(limiter.acquire());
         clock.rewind(YEAR);
         assert_pending!(waiter.poll(), "{algorithm:?}: held up for a year");
-        clock.advance(YEAR + SECOND - NANOSECOND);
+        clock.advance(just_before(YEAR + SECOND));
         assert_pending!(waiter.poll());
         clock.advance(NANOSECOND);
         admitted(&mut waiter);
@@ -736,7 +736,7 @@ fn no_wake_up_is_lost_among_threads_that_come_and_go() {
             limiter.try_acquire_n(3).is_ok(),
             "seed {SEED:#x}: everything is there again"
         );
-        wait_of(limiter.try_acquire());
+        acquire_when_told(&clock, &limiter, 1);
     }
 }
 

@@ -7,6 +7,11 @@ pub(crate) const SECOND: Duration = Duration::from_secs(1);
 pub(crate) const NANOSECOND: Duration = Duration::from_nanos(1);
 pub(crate) const YEAR: Duration = Duration::from_secs(31_557_600);
 
+/// One nanosecond less.
+pub(crate) fn just_before(wait: Duration) -> Duration {
+    wait.checked_sub(NANOSECOND).expect("a wait takes time")
+}
+
 /// A limiter on a clock of its own that stands still.
 pub(crate) fn limiter(algorithm: impl Into<Algorithm>) -> (ManualClock, RateLimiter) {
     let clock = Clock::manual();
@@ -31,7 +36,7 @@ pub(crate) fn acquire_when_told(clock: &ManualClock, limiter: &RateLimiter, cost
         wait > Duration::ZERO,
         "refused now, so the time to retry is not now: {rejected}"
     );
-    clock.advance(wait - NANOSECOND);
+    clock.advance(just_before(wait));
     assert_eq!(
         wait_of(limiter.try_acquire_n(cost)),
         NANOSECOND,
