@@ -416,7 +416,7 @@ impl AdaptiveState {
     /// When the window ends that `now` lies in.
     pub(super) fn window_end(&self, now: Timestamp) -> Timestamp {
         let course = self.course();
-        self.next_course(&course, now).unwrap_or(*course).window_end
+        self.present(&course, now).window_end
     }
 
     /// When so many units will have been made, if no more outcomes arrive: a move that is already settled is foreseen.
