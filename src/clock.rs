@@ -140,17 +140,17 @@ impl Clock {
     pub(crate) fn sleep_until(&self, deadline: Timestamp) -> Sleep {
         // Tokio's timer rounds up to its next millisecond; far instants overflow it.
         const FAR: Duration = Duration::from_secs(365 * 86_400);
-        match &self.0 {
-            Source::Manual(clock) => Sleep::Manual {
+        if let Source::Manual(clock) = &self.0 {
+            return Sleep::Manual {
                 entry: Entry {
                     clock: clock.clone(),
                     deadline,
                     id: None,
                 },
-            },
-            _ => Sleep::Tokio {
-                sleep: tokio::time::sleep(deadline.duration_since(self.now()).min(FAR)),
-            },
+            };
+        }
+        Sleep::Tokio {
+            sleep: tokio::time::sleep(deadline.duration_since(self.now()).min(FAR)),
         }
     }
 
