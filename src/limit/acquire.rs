@@ -104,10 +104,10 @@ impl Place {
         let core: &Core = &limiter.shared;
         let deadline = max_wait.map(|wait| now.saturating_add(wait));
         core.queue.serve(
-            |cost| core.take(cost, now),
+            |cost| core.state.take_in_line(cost, now),
             |waiters| {
                 if waiters.is_empty()
-                    && let Ok(admission) = core.take(cost, now)
+                    && let Ok(admission) = core.state.take(cost, now)
                 {
                     return (None, Look::Admitted(admission));
                 }
@@ -130,9 +130,10 @@ impl Place {
 
     fn look(&self, waker: &Waker, now: Timestamp) -> Look {
         let core: &Core = &self.limiter.shared;
-        let turn = core
-            .queue
-            .serve(|cost| core.take(cost, now), |waiters| waiters.turn(self.number, waker));
+        let turn = core.queue.serve(
+            |cost| core.state.take_in_line(cost, now),
+            |waiters| waiters.turn(self.number, waker),
+        );
         match turn {
             Turn::Served(admission) => Look::Admitted(admission),
             Turn::Waiting(cost) => {

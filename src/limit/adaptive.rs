@@ -1,7 +1,7 @@
 use super::bucket::{Bucket, Line};
 use crate::{
     clock::{Timestamp, nanos},
-    error::{ConfigError, LONGEST, duration, share, within},
+    error::{ConfigError, duration, share, within},
     permit::Outcome,
 };
 use std::{
@@ -181,18 +181,20 @@ impl Adaptive {
         self.token().map(|_| ())
     }
 
-    /// Units a token: as fine as a hundred years at the highest rate allow, and no finer than a rate needs.
+    /// Units a token: as fine as the bucket can hold a burst of, given how far the rates lie apart; see [`Bucket`].
     fn token(&self) -> Result<u64, ConfigError> {
         const FINE_ENOUGH: u64 = 1 << 32;
-        let century = u128::from(nanos(LONGEST)) * u128::from(self.highest());
-        let tokens = century.div_ceil(u128::from(nanos(self.window))) + 3 * u128::from(self.largest());
-        match u64::try_from(u128::from(u64::MAX) / tokens) {
-            Ok(0) => Err(ConfigError::new(
-                "max_rate",
-                format!("{} per {:?}", self.highest(), self.window),
-                "at most what 100 years can count in 64 bits, about 5.8e9 per second",
+        let apart = u64::from(self.highest().div_ceil(self.lowest()));
+        match Bucket::LARGEST / apart / u64::from(self.largest()) {
+            0 => Err(ConfigError::new(
+                "burst",
+                self.largest().to_string(),
+                format!(
+                    "at most 2^61 × min_rate / max_rate, which is {}",
+                    Bucket::LARGEST / apart
+                ),
             )),
-            finest => Ok(finest.unwrap_or(u64::MAX).min(FINE_ENOUGH)),
+            finest => Ok(finest.min(FINE_ENOUGH)),
         }
     }
 
@@ -215,20 +217,20 @@ impl Adaptive {
     pub(super) fn build(&self, now: Timestamp) -> Result<AdaptiveState, ConfigError> {
         self.validate()?;
         let token = self.token()?;
-        let burst = token * u64::from(self.largest());
+        let line = |rate: u32| Line {
+            start: now,
+            base: token * u64::from(self.largest()),
+            mul: units_per_window(rate.into(), token),
+            div: nanos(self.window),
+        };
         let course = Course {
-            line: Line {
-                start: now,
-                base: burst,
-                mul: units_per_window(self.base_rate.into(), token),
-                div: nanos(self.window),
-            },
+            line: line(self.base_rate),
             rate: self.base_rate.into(),
             window_end: now.saturating_add(self.window),
         };
         let state = AdaptiveState {
             config: *self,
-            bucket: Bucket::new(token, burst),
+            bucket: Bucket::new(token, self.largest(), &line(self.highest()), false),
             used: AtomicU64::new(0),
             calls: AtomicU64::new(0),
             failures: AtomicU64::new(0),
@@ -351,7 +353,7 @@ impl AdaptiveState {
             line: if bent {
                 Line {
                     start: course.window_end,
-                    base: course.line.floor(course.window_end),
+                    base: course.line.made(course.window_end),
                     mul: units_per_window(rate, self.bucket.token()),
                     div: window,
                 }
@@ -419,29 +421,43 @@ impl AdaptiveState {
         self.present(&course, now).window_end
     }
 
-    /// When so many units will have been made, if no more outcomes arrive: a move that is already settled is foreseen.
-    fn when(&self, units: u64, now: Timestamp) -> Timestamp {
+    /// When so many units that are missing now will have been made, if no more outcomes arrive: a move that is already settled
+    /// is foreseen.
+    fn when(&self, missing: u64, now: Timestamp) -> Timestamp {
         let course = self.course();
         if let Some(next) = self.next_course(&course, self.seen(), now) {
             // A move that is due uses up what was seen: none follows from it.
-            return next.line.when(units);
+            return next.line.later(now, missing);
         }
-        let at = course.line.when(units);
-        if at <= course.window_end {
+        let end = course.window_end;
+        let at = course.line.later(now, missing);
+        if at <= end {
             return at;
         }
-        self.present(&course, course.window_end).line.when(units)
+        let until_then = course.line.made(end).wrapping_sub(course.line.made(now));
+        self.present(&course, end)
+            .line
+            .later(end, missing.saturating_sub(until_then))
     }
 
     pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
         let taken = self.bucket.take(&self.line(now), cost, now);
-        taken.map_err(|units| self.when(units, now))?;
+        self.taken(taken, cost, now)
+    }
+
+    pub(super) fn take_in_line(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
+        let taken = self.bucket.take_in_line(&self.line(now), cost, now);
+        self.taken(taken, cost, now)
+    }
+
+    fn taken(&self, taken: Result<(), u64>, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
+        taken.map_err(|missing| self.when(missing, now))?;
         self.used.fetch_add(cost.into(), Ordering::Relaxed);
         Ok(())
     }
 
-    pub(super) fn give_back(&self, cost: u32) {
-        self.bucket.give_back(cost);
+    pub(super) fn give_back(&self, cost: u32, now: Timestamp) {
+        self.bucket.give_back(&self.line(now), cost, now);
         let less = |used: u64| Some(used.saturating_sub(cost.into()));
         let _ = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
@@ -465,15 +481,15 @@ impl AdaptiveState {
     pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
         match self.bucket.peek(&self.line(now), cost, now) {
             Ok(()) => now,
-            Err(units) => self.when(units, now),
+            Err(missing) => self.when(missing, now),
         }
     }
 
     pub(super) fn due(&self, cost: u64, now: Timestamp) -> Timestamp {
-        self.when(self.bucket.target(&self.line(now), cost, now), now).max(now)
+        self.when(self.bucket.missing(&self.line(now), cost, now), now)
     }
 
     pub(super) fn tokens(&self, now: Timestamp) -> f64 {
-        self.bucket.content(&self.line(now), now)
+        self.bucket.tokens(&self.line(now), now)
     }
 }

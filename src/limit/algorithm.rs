@@ -122,6 +122,16 @@ impl State {
         }
     }
 
+    /// [`take`](Self::take) for the front of the line: a token that came while it waited is there, however late it is noticed.
+    /// A window counts from the admission itself.
+    pub(super) fn take_in_line(&self, cost: u32, now: Timestamp) -> Result<Admission, Timestamp> {
+        match self {
+            Self::TokenBucket(state) => state.take_in_line(cost, now).map(|()| Admission::Tokens),
+            Self::SlidingWindow(state) => state.take(cost, now).map(Admission::Window),
+            Self::Adaptive(state) => state.take_in_line(cost, now).map(|()| Admission::Tokens),
+        }
+    }
+
     /// When [`take`](Self::take) would admit; now or later.
     pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
         match self {
@@ -141,15 +151,15 @@ impl State {
     }
 
     /// Gives an admission back that was not used; `false` if it can no longer be.
-    pub(super) fn give_back(&self, admission: Admission, cost: u32) -> bool {
+    pub(super) fn give_back(&self, admission: Admission, cost: u32, now: Timestamp) -> bool {
         match (self, admission) {
             (Self::SlidingWindow(state), Admission::Window(admission)) => state.give_back(admission, cost),
             (Self::TokenBucket(state), _) => {
-                state.give_back(cost);
+                state.give_back(cost, now);
                 true
             }
             (Self::Adaptive(state), _) => {
-                state.give_back(cost);
+                state.give_back(cost, now);
                 true
             }
             (Self::SlidingWindow(_), Admission::Tokens) => false,
@@ -161,9 +171,9 @@ impl State {
         let (more, less) = (true_cost.saturating_sub(reserved), reserved.saturating_sub(true_cost));
         match self {
             Self::TokenBucket(state) if more > 0 => state.charge(more, now),
-            Self::TokenBucket(state) => state.give_back(less),
+            Self::TokenBucket(state) => state.give_back(less, now),
             Self::Adaptive(state) if more > 0 => state.charge(more, now),
-            Self::Adaptive(state) => state.give_back(less),
+            Self::Adaptive(state) => state.give_back(less, now),
             Self::SlidingWindow(_) => {}
         }
     }

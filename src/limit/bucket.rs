@@ -1,14 +1,26 @@
 //! The generic cell rate algorithm (ITU-T I.371, GCRA) in whole numbers: what the token bucket and the adaptive limiter stand on.
 //!
-//! Tokens are counted in *units*, fractions of a token chosen so that a hundred years of tokens fit in 64 bits; for most rates
-//! one unit is what one nanosecond brings or a whole share of it, and nothing is ever rounded. Two numbers make the bucket: how
-//! many units have *ever* been made by now (a [`Line`], computed from the absolute elapsed time, so no error adds up) and how
-//! many have ever been taken or have overflowed (one atomic). Their difference is the content.
+//! Tokens are counted in *units*, fractions of a token chosen so that a nanosecond brings a whole number of them: then nothing
+//! is ever rounded. Two numbers make the bucket: how many units have *ever* been made by now (a [`Line`], computed from the
+//! absolute elapsed time, so no error adds up) and how many have ever been taken or have overflowed (one atomic). Their
+//! difference is the content.
+//!
+//! # Why 64 bits are enough
+//!
+//! Both counts wrap round. Their difference is right as long as it is small, and so it is while somebody comes by now and then:
+//! the bucket holds at most a burst (no more than 2⁶¹ units) and owes at most as much. [`Bucket::touched`] remembers when
+//! somebody last did. Whoever comes [`TOUCH_AFTER`] or more later first writes off what has overflowed since and then touches
+//! the bucket; only then are tokens taken. So a bucket that has not been touched for [`FULL_AFTER`] has lain idle for the time
+//! of two bursts at least, and is full, whatever its wrapped difference seems to say; before that the difference is below 2⁶³.
 
 use crate::clock::Timestamp;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Units made since the beginning of time, as a straight line over the clock: `base + (now − start) · mul / div`.
+/// How long a bucket may go untouched, and after how long it is full, in units' time.
+const TOUCH_AFTER: u64 = 1 << 60;
+const FULL_AFTER: u64 = TOUCH_AFTER + 2 * Bucket::LARGEST;
+
+/// Units made since the beginning of time, as a straight line over the clock: `base + (now − start) · mul / div`, modulo 2⁶⁴.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Line {
     pub(super) start: Timestamp,
@@ -18,57 +30,94 @@ pub(super) struct Line {
 }
 
 impl Line {
+    fn elapsed(&self, now: Timestamp) -> u64 {
+        now.nanos().saturating_sub(self.start.nanos())
+    }
+
     /// Whole units made by `now`.
-    pub(super) fn floor(&self, now: Timestamp) -> u64 {
-        let elapsed = now.nanos().saturating_sub(self.start.nanos());
-        let made = if self.div == 1 {
-            elapsed.saturating_mul(self.mul)
+    pub(super) fn made(&self, now: Timestamp) -> u64 {
+        let elapsed = self.elapsed(now);
+        self.base.wrapping_add(if self.div == 1 {
+            elapsed.wrapping_mul(self.mul)
         } else {
-            narrow(u128::from(elapsed) * u128::from(self.mul) / u128::from(self.div))
-        };
-        self.base.saturating_add(made)
+            let made = u128::from(elapsed) * u128::from(self.mul) / u128::from(self.div);
+            low_half(made)
+        })
     }
 
-    /// The same, the unit in the making counted as made.
-    fn ceil(&self, now: Timestamp) -> u64 {
-        if self.div == 1 {
-            return self.floor(now);
-        }
-        let elapsed = now.nanos().saturating_sub(self.start.nanos());
-        let made = (u128::from(elapsed) * u128::from(self.mul)).div_ceil(u128::from(self.div));
-        self.base.saturating_add(narrow(made))
+    /// The first nanosecond from `now` on at which so many more whole units are made: the exact inverse of
+    /// [`made`](Self::made).
+    pub(super) fn later(&self, now: Timestamp, units: u64) -> Timestamp {
+        let elapsed = u128::from(self.elapsed(now));
+        let (mul, div) = (u128::from(self.mul), u128::from(self.div));
+        let target = elapsed.saturating_mul(mul) / div + u128::from(units);
+        let at = target.saturating_mul(div).div_ceil(mul);
+        let at = u64::try_from(at).unwrap_or(u64::MAX);
+        Timestamp::from_nanos(self.start.nanos().saturating_add(at)).max(now)
     }
 
-    /// The first nanosecond at which so many whole units are made: the exact inverse of [`floor`](Self::floor).
-    pub(super) fn when(&self, units: u64) -> Timestamp {
-        let missing = u128::from(units.saturating_sub(self.base));
-        let elapsed = narrow((missing * u128::from(self.div)).div_ceil(u128::from(self.mul)));
-        Timestamp::from_nanos(self.start.nanos().saturating_add(elapsed))
+    /// Whether a unit is in the making: then the whole ones are not the whole truth.
+    fn is_between(&self, now: Timestamp) -> bool {
+        self.div > 1 && u128::from(self.elapsed(now)) * u128::from(self.mul) % u128::from(self.div) > 0
+    }
+
+    /// How many nanoseconds so many units take at this rate.
+    fn nanos_of(&self, units: u64) -> u64 {
+        let nanos = u128::from(units) * u128::from(self.div) / u128::from(self.mul);
+        u64::try_from(nanos).unwrap_or(u64::MAX)
     }
 }
 
-fn narrow(n: u128) -> u64 {
-    u64::try_from(n).unwrap_or(u64::MAX)
+#[expect(clippy::cast_possible_truncation, reason = "modulo 2⁶⁴ is what is wanted")]
+fn low_half(n: u128) -> u64 {
+    n as u64
+}
+
+/// A difference of wrapped counts.
+fn difference(a: u64, b: u64) -> i64 {
+    a.wrapping_sub(b).cast_signed()
 }
 
 /// A bucket of tokens. The line is handed in: for a token bucket it is always the same, for an adaptive limiter it bends.
+///
+/// # Ordering
+///
+/// `gone` is loaded with Acquire and written with Release. A taker touches the bucket, if that is due, before it takes; so
+/// whoever sees what it took sees that the bucket is touched, if it looks at `touched` after `gone`. A refusal is believed only
+/// if `gone` is still what it was.
 #[derive(Debug)]
 pub(super) struct Bucket {
-    /// Units ever taken, or lost because the bucket was full.
+    /// Units ever taken, or lost because the bucket was full; wraps.
     gone: AtomicU64,
+    /// A time, in nanoseconds, at which the content was put right, not long before the last token was taken.
+    touched: AtomicU64,
     /// Units a token.
     token: u64,
     /// The most that the bucket holds, in units.
-    burst: u64,
+    burst: i64,
+    /// What a full bucket does with the unit in the making: lose it with the rest of the overflow, and hand the last of a burst
+    /// out a little late; or keep it, and hand the next token out a little early.
+    strict: bool,
+    /// From how long after being touched the bucket wants to be touched again, and is full; in nanoseconds.
+    touch_after: u64,
+    full_after: u64,
 }
 
 impl Bucket {
-    /// A full bucket, if its line's base is its burst.
-    pub(super) fn new(token: u64, burst: u64) -> Self {
+    /// The most units that a bucket may hold.
+    pub(super) const LARGEST: u64 = 1 << 61;
+
+    /// A full bucket, if the line's base is the burst. `fastest` is the line at its highest rate; at the lowest it must still
+    /// make two bursts in `FULL_AFTER - TOUCH_AFTER` of the fastest one's time.
+    pub(super) fn new(token: u64, burst: u32, fastest: &Line, strict: bool) -> Self {
         Self {
             gone: AtomicU64::new(0),
+            touched: AtomicU64::new(fastest.start.nanos()),
             token,
-            burst,
+            burst: (token * u64::from(burst)).cast_signed(),
+            strict,
+            touch_after: fastest.nanos_of(TOUCH_AFTER),
+            full_after: fastest.nanos_of(FULL_AFTER),
         }
     }
 
@@ -76,87 +125,161 @@ impl Bucket {
         self.token
     }
 
-    /// Takes `cost` tokens (no more than the burst), or tells how many units must have been made before a caller alone can.
-    pub(super) fn take(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), u64> {
-        let made = line.floor(now);
-        let mut gone = self.gone.load(Ordering::Relaxed);
+    fn units(&self, cost: u32) -> i64 {
+        // A cost is at most the burst. A true cost may be more: from a full bucket to the deepest debt it is two bursts.
+        let most = 2 * Self::LARGEST;
+        self.token.saturating_mul(cost.into()).min(most).cast_signed()
+    }
+
+    /// Counts of what is gone and made, and the time at which they belong together.
+    fn look(&self, line: &Line, now: Timestamp) -> Look {
+        let gone = self.gone.load(Ordering::Acquire);
+        let touched = self.touched.load(Ordering::Acquire);
+        // A thread that lies so far behind that the difference would be ambiguous takes the later time that others have read.
+        let now = now.max(Timestamp::from_nanos(touched.saturating_sub(self.touch_after)));
+        let since = now.nanos().saturating_sub(touched);
+        let made = line.made(now);
+        let content = if since > self.full_after {
+            self.burst
+        } else {
+            difference(made, gone)
+        };
+        Look {
+            gone,
+            made,
+            content,
+            now,
+            wants_touch: since > self.touch_after,
+        }
+    }
+
+    /// Looks, and touches the bucket if that is due: what has overflowed is written off first.
+    fn look_and_touch(&self, line: &Line, now: Timestamp) -> Look {
         loop {
-            let taken = self.plan(line, made, gone, cost, now)?;
-            // Relaxed: the atomic guards nothing but itself.
-            match self
-                .gone
-                .compare_exchange_weak(gone, taken, Ordering::Relaxed, Ordering::Relaxed)
-            {
-                Ok(_) => return Ok(()),
-                Err(latest) => gone = latest,
+            let look = self.look(line, now);
+            if !look.wants_touch {
+                return look;
+            }
+            // A full bucket stays as full as it is: only a taker settles what becomes of the unit in the making.
+            let content = look.content.min(self.burst).cast_unsigned();
+            if self.replace(look.gone, look.made.wrapping_sub(content)) {
+                self.touched.fetch_max(look.now.nanos(), Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// The content once all above `most` has overflowed, and what counts as made then.
+    fn level(&self, line: &Line, look: &Look, most: i64) -> (i64, u64) {
+        if look.content < most {
+            (look.content, look.made)
+        } else {
+            (most, self.made_at_an_end(line, look))
+        }
+    }
+
+    /// What counts as made where a content is set instead of moved, at the top of the bucket or at the bottom of its debt: the
+    /// whole truth, rounded up.
+    fn made_at_an_end(&self, line: &Line, look: &Look) -> u64 {
+        let unfinished = self.strict && line.is_between(look.now);
+        look.made.wrapping_add(unfinished.into())
+    }
+
+    fn replace(&self, gone: u64, with: u64) -> bool {
+        self.gone
+            .compare_exchange_weak(gone, with, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Takes `cost` tokens (no more than the burst), or tells how many units are missing.
+    pub(super) fn take(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), u64> {
+        self.take_from(line, cost, now, self.burst)
+    }
+
+    /// The same for those who wait in line. While somebody waits nothing overflows: had the waiter been served the moment it
+    /// was due, the tokens that came later would have been there for the next. A timer that is late costs nobody anything.
+    pub(super) fn take_in_line(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), u64> {
+        self.take_from(line, cost, now, i64::MAX)
+    }
+
+    fn take_from(&self, line: &Line, cost: u32, now: Timestamp, most: i64) -> Result<(), u64> {
+        let need = self.units(cost);
+        loop {
+            let look = self.look_and_touch(line, now);
+            let (content, made) = self.level(line, &look, most);
+            if content < need {
+                if self.gone.load(Ordering::Acquire) == look.gone {
+                    return Err(need.abs_diff(content));
+                }
+                continue;
+            }
+            let left = (content - need).cast_unsigned();
+            if self.replace(look.gone, made.wrapping_sub(left)) {
+                return Ok(());
             }
         }
     }
 
     /// The answer of [`take`](Self::take), without taking.
     pub(super) fn peek(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), u64> {
-        let gone = self.gone.load(Ordering::Relaxed);
-        self.plan(line, line.floor(now), gone, cost, now).map(|_| ())
-    }
-
-    /// What will be gone after taking `cost` tokens, or what must have been made first.
-    fn plan(&self, line: &Line, made: u64, gone: u64, cost: u32, now: Timestamp) -> Result<u64, u64> {
-        let before = self.level(line, made, gone, now);
-        let after = before.saturating_add(self.units(cost));
-        // A full bucket gives up to its burst, whatever is in the making.
-        if before != gone || after <= made {
-            Ok(after)
+        let (need, content) = (self.units(cost), self.look(line, now).content.min(self.burst));
+        if content < need {
+            Err(need.abs_diff(content))
         } else {
-            Err(after)
+            Ok(())
         }
     }
 
-    /// What is gone once the overflow up to `now` is: a full bucket holds its burst, measured back from the end of the unit
-    /// in the making, so that what it hands out is never made early.
-    fn level(&self, line: &Line, made: u64, gone: u64, now: Timestamp) -> u64 {
-        if gone <= made.saturating_sub(self.burst) {
-            line.ceil(now) - self.burst
-        } else {
-            gone
-        }
+    /// How many units are missing for a line of waiters that cost so much together, one after the other.
+    pub(super) fn missing(&self, line: &Line, cost: u64, now: Timestamp) -> u64 {
+        let content = i128::from(self.look(line, now).content);
+        let missing = i128::from(self.token) * i128::from(cost) - content;
+        u64::try_from(missing.max(0)).unwrap_or(u64::MAX)
     }
 
     /// Gives tokens back. The bucket still holds no more than its burst.
-    pub(super) fn give_back(&self, cost: u32) {
-        let units = self.units(cost);
-        let less = |gone: u64| Some(gone.saturating_sub(units));
-        let _ = self.gone.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    pub(super) fn give_back(&self, line: &Line, cost: u32, now: Timestamp) {
+        self.change(line, now, |content| content + self.units(cost));
     }
 
     /// Takes tokens that have been used already: the bucket goes into debt, by at most one burst.
     pub(super) fn charge(&self, line: &Line, cost: u32, now: Timestamp) {
-        let made = line.floor(now);
-        let units = self.token.saturating_mul(cost.into());
-        let more = |gone: u64| {
-            let most = line.ceil(now).saturating_add(self.burst).max(gone);
-            Some(self.level(line, made, gone, now).saturating_add(units).min(most))
-        };
-        let _ = self.gone.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        self.change(line, now, |content| {
+            let least = content.min(-self.burst);
+            (content - self.units(cost)).max(least)
+        });
     }
 
-    /// How many units must have been made before `cost` tokens can be taken: also for more than the burst, which then are taken
-    /// one after the other as they come.
-    pub(super) fn target(&self, line: &Line, cost: u64, now: Timestamp) -> u64 {
-        let gone = self.gone.load(Ordering::Relaxed);
-        let before = self.level(line, line.floor(now), gone, now);
-        before.saturating_add(self.token.saturating_mul(cost))
+    fn change(&self, line: &Line, now: Timestamp, change: impl Fn(i64) -> i64) {
+        loop {
+            let look = self.look_and_touch(line, now);
+            let (before, made) = self.level(line, &look, self.burst);
+            let content = change(before).min(self.burst);
+            let made = if content.abs() < self.burst {
+                made
+            } else {
+                self.made_at_an_end(line, &look)
+            };
+            if self.replace(look.gone, made.wrapping_sub(content.cast_unsigned())) {
+                return;
+            }
+        }
     }
 
     /// The content in tokens; nothing while in debt.
-    pub(super) fn content(&self, line: &Line, now: Timestamp) -> f64 {
-        let made = line.floor(now);
-        let units = made.saturating_sub(self.gone.load(Ordering::Relaxed)).min(self.burst);
-        units as f64 / self.token as f64
+    pub(super) fn tokens(&self, line: &Line, now: Timestamp) -> f64 {
+        let content = self.look(line, now).content.clamp(0, self.burst);
+        content as f64 / self.token as f64
     }
+}
 
-    fn units(&self, cost: u32) -> u64 {
-        self.token * u64::from(cost)
-    }
+/// What one look at a bucket shows.
+struct Look {
+    gone: u64,
+    made: u64,
+    /// Units there, overflow included; negative while in debt.
+    content: i64,
+    now: Timestamp,
+    wants_touch: bool,
 }
 
 #[cfg(test)]
@@ -166,15 +289,21 @@ mod tests {
 
     proptest! {
         #[test]
-        fn when_is_the_exact_inverse_of_floor(
-            mul in 1..u64::MAX, div in 1..u64::MAX, base in 0..1u64 << 40, ask in 0..u64::MAX,
+        fn later_is_the_exact_inverse_of_made(
+            mul in 1..1u64 << 32, div in 1..1u64 << 32, base: u64, elapsed in 0..1u64 << 40, ask in 1..1u64 << 50,
         ) {
-            let line = Line { start: Timestamp::from_nanos(1 << 62), base, mul, div };
-            let at = line.when(ask);
+            let start = Timestamp::from_nanos(1 << 62);
+            let line = Line { start, base, mul, div };
+            let now = Timestamp::from_nanos(start.nanos() + elapsed);
+            let at = line.later(now, ask);
             if at < Timestamp::from_nanos(u64::MAX) {
-                prop_assert!(line.floor(at) >= ask);
+                let made_by = |at: Timestamp| {
+                    let units = |at: Timestamp| u128::from(at.nanos() - start.nanos()) * u128::from(mul) / u128::from(div);
+                    units(at) - units(now)
+                };
+                prop_assert!(made_by(at) >= u128::from(ask));
                 let before = Timestamp::from_nanos(at.nanos() - 1);
-                prop_assert!(at == line.start || line.floor(before) < ask);
+                prop_assert!(at == now || made_by(before) < u128::from(ask));
             }
         }
     }

@@ -139,10 +139,6 @@ impl RateLimiterBuilder {
 }
 
 impl Core {
-    fn take(&self, cost: u32, now: Timestamp) -> Result<Admission, Timestamp> {
-        self.state.take(cost, now)
-    }
-
     /// Lets time do what is due.
     fn roll(&self, now: Timestamp) {
         if let Some(moved) = self.state.roll(now) {
@@ -159,7 +155,7 @@ impl Core {
     /// not enough for it brings its time nearer all the same.
     fn serve(&self, now: Timestamp) {
         if !self.queue.is_empty() {
-            self.queue.serve(|cost| self.take(cost, now), |_| ());
+            self.queue.serve(|cost| self.state.take_in_line(cost, now), |_| ());
             self.queue.wake_front();
         }
     }
@@ -173,7 +169,7 @@ impl Core {
 
     fn give_back(&self, admission: Admission, cost: u32, now: Timestamp) {
         self.roll(now);
-        if cost > 0 && self.state.give_back(admission, cost) {
+        if cost > 0 && self.state.give_back(admission, cost, now) {
             self.serve(now);
         }
     }
@@ -269,13 +265,13 @@ impl RateLimiter {
         let now = now.at(&core.clock);
         core.roll(now);
         let taken = if core.queue.is_empty() {
-            core.take(cost, now)
+            core.state.take(cost, now)
         } else {
             core.queue.serve(
-                |cost| core.take(cost, now),
+                |cost| core.state.take_in_line(cost, now),
                 |waiters| {
                     if waiters.is_empty() {
-                        core.take(cost, now)
+                        core.state.take(cost, now)
                     } else {
                         Err(core.state.due(waiters.cost() + u64::from(cost), now))
                     }
@@ -339,7 +335,9 @@ impl RateLimiter {
     ///
     /// Served in the order in which the futures are first polled. Cancel-safe: a dropped future leaves the line, and gives back
     /// what it was served. With [`Clock::system`], needs a tokio runtime with its timer enabled, and is served up to a
-    /// millisecond late, all who are due at once.
+    /// millisecond late. Tokens are charged for the instant at which a waiter was due, so a late timer slows nobody down; and
+    /// everybody who has become due is served at once, however many they are (after a program stood still, say). A sliding window
+    /// counts from the moment it serves instead, and keeps its quota even then.
     ///
     /// ```
     /// # use portcullis::{RateLimiter, TokenBucket};

@@ -1,7 +1,7 @@
 use super::bucket::{Bucket, Line};
 use crate::{
     clock::{Timestamp, nanos},
-    error::{ConfigError, LONGEST, duration, within},
+    error::{ConfigError, duration, within},
 };
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use std::time::Duration;
 /// # Ok::<(), portcullis::ConfigError>(())
 /// ```
 ///
-/// One atomic of 8 bytes; an admission is one compare-and-swap. The algorithm is the generic cell rate algorithm of ITU-T I.371.
+/// Two atomics of 8 bytes; an admission is one compare-and-swap. The algorithm is the generic cell rate algorithm of ITU-T I.371.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenBucket {
     limit: u32,
@@ -66,56 +66,44 @@ impl TokenBucket {
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         within("limit", self.limit, &(1..=u32::MAX))?;
         duration("period", self.period)?;
-        within("burst", self.largest(), &(1..=u32::MAX))?;
-        self.scale().map(|_| ())
+        within("burst", self.largest(), &(1..=u32::MAX)).map(|_| ())
     }
 
-    /// Units a token, and units a nanosecond as a fraction.
-    fn scale(&self) -> Result<(u64, u64, u64), ConfigError> {
-        let (limit, period) = (u64::from(self.limit), nanos(self.period));
-        // What must fit in 64 bits: the tokens of a hundred years, the burst they start with, the burst that debt may reach and
-        // the one that is asked for then.
-        let century = u128::from(nanos(LONGEST)) * u128::from(limit);
-        let tokens = century.div_ceil(u128::from(period)) + 3 * u128::from(self.largest());
-        let exact = period / gcd(limit, period);
-        let finest = u64::try_from(u128::from(u64::MAX) / tokens).unwrap_or(u64::MAX);
-        if finest == 0 {
-            return Err(ConfigError::new(
-                "limit",
-                format!("{limit} per {:?}", self.period),
-                "at most what 100 years can count in 64 bits, about 5.8e9 per second",
-            ));
+    /// Units a token, and units a nanosecond as a fraction in lowest terms: a whole number, unless 64 bits cannot hold a burst
+    /// in such units. That takes a burst that comes together in more than 73 years, or a fraction with a numerator to match (a
+    /// prime number of requests in a year).
+    fn scale(&self) -> (u64, u64, u64) {
+        let (limit, period, burst) = (u64::from(self.limit), nanos(self.period), u64::from(self.largest()));
+        let common = gcd(limit, period);
+        let exact = period / common;
+        if exact.saturating_mul(burst) <= Bucket::LARGEST {
+            return (exact, limit / common, 1);
         }
-        let token = exact.min(finest);
-        // In lowest terms; for an exact scale the divisor is one.
-        let (mul, div) = (u128::from(limit) * u128::from(token), u128::from(period));
-        let common = gcd_wide(mul, div);
-        let narrow = |n: u128| u64::try_from(n / common).unwrap_or(u64::MAX);
-        Ok((token, narrow(mul), narrow(div)))
+        // Both the burst in units and the product below fit in 64 bits.
+        let token = (Bucket::LARGEST / burst).min(u64::MAX / limit);
+        let made = limit * token;
+        let common = gcd(made, period);
+        (token, made / common, period / common)
     }
 
     pub(super) fn build(&self, now: Timestamp) -> Result<TokenBucketState, ConfigError> {
         self.validate()?;
-        let (token, mul, div) = self.scale()?;
-        let burst = token * u64::from(self.largest());
+        let (token, mul, div) = self.scale();
+        let line = Line {
+            start: now,
+            base: token * u64::from(self.largest()),
+            mul,
+            div,
+        };
         Ok(TokenBucketState {
-            bucket: Bucket::new(token, burst),
-            line: Line {
-                start: now,
-                base: burst,
-                mul,
-                div,
-            },
+            bucket: Bucket::new(token, self.largest(), &line, true),
+            line,
         })
     }
 }
 
 fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
-}
-
-fn gcd_wide(a: u128, b: u128) -> u128 {
-    if b == 0 { a } else { gcd_wide(b, a % b) }
 }
 
 #[derive(Debug)]
@@ -127,11 +115,16 @@ pub(super) struct TokenBucketState {
 impl TokenBucketState {
     pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
         let taken = self.bucket.take(&self.line, cost, now);
-        taken.map_err(|units| self.line.when(units))
+        taken.map_err(|missing| self.line.later(now, missing))
     }
 
-    pub(super) fn give_back(&self, cost: u32) {
-        self.bucket.give_back(cost);
+    pub(super) fn take_in_line(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
+        let taken = self.bucket.take_in_line(&self.line, cost, now);
+        taken.map_err(|missing| self.line.later(now, missing))
+    }
+
+    pub(super) fn give_back(&self, cost: u32, now: Timestamp) {
+        self.bucket.give_back(&self.line, cost, now);
     }
 
     pub(super) fn charge(&self, cost: u32, now: Timestamp) {
@@ -141,15 +134,15 @@ impl TokenBucketState {
     pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
         match self.bucket.peek(&self.line, cost, now) {
             Ok(()) => now,
-            Err(units) => self.line.when(units),
+            Err(missing) => self.line.later(now, missing),
         }
     }
 
     pub(super) fn due(&self, cost: u64, now: Timestamp) -> Timestamp {
-        self.line.when(self.bucket.target(&self.line, cost, now)).max(now)
+        self.line.later(now, self.bucket.missing(&self.line, cost, now))
     }
 
     pub(super) fn tokens(&self, now: Timestamp) -> f64 {
-        self.bucket.content(&self.line, now)
+        self.bucket.tokens(&self.line, now)
     }
 }
