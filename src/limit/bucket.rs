@@ -254,6 +254,9 @@ impl Bucket {
             let look = self.look_and_touch(line, now);
             let (before, made) = self.level(line, &look, self.burst);
             let content = change(before).min(self.burst);
+            if content == before {
+                return;
+            }
             let made = if content.abs() < self.burst {
                 made
             } else {

@@ -8,8 +8,10 @@ use std::time::Duration;
 /// A token bucket: a steady rate, with room for bursts.
 ///
 /// `limit` requests per `period`, evenly; up to `burst` of them at once after a pause. The bucket starts full. Over any stretch
-/// of time it admits at most the burst plus what the rate brings in that time. Exact over a hundred years: nothing drifts and
-/// nothing overflows.
+/// of time it admits at most the burst plus what the rate brings in that time; those who [wait](crate::RateLimiter::acquire)
+/// count from the instant at which they were due. Exact to the nanosecond for as long as the clock runs: nothing drifts and
+/// nothing overflows. (Where 64 bits cannot hold a burst in fractions that add up to whole nanoseconds, as for a prime number of
+/// requests in many years, the last of a burst may be late by such a fraction.)
 ///
 /// ```
 /// use portcullis::{RateLimiter, TokenBucket};
