@@ -199,7 +199,12 @@ impl Hub {
         let listeners = self.listeners.read().unwrap_or_else(PoisonError::into_inner).clone();
         for listener in &*listeners {
             // A listener's panic is its own affair: the caller asked for a permit, not for its bookkeeping.
-            let _ = catch_unwind(AssertUnwindSafe(|| listener.listen.hear(&event)));
+            let heard = catch_unwind(AssertUnwindSafe(|| listener.listen.hear(&event)));
+            if let Err(payload) = heard {
+                // What it panicked with may panic when dropped.
+                let dropped = catch_unwind(AssertUnwindSafe(|| drop(payload)));
+                std::mem::forget(dropped);
+            }
         }
         if listeners.iter().any(Listener::is_gone) {
             self.change(|_| ());

@@ -296,6 +296,11 @@ impl Registry {
             .map_or_else(Vec::new, |entry| entry.limiters.into_values().collect())
     }
 
+    #[cfg(feature = "http")]
+    pub(crate) fn has(&self, service: &str) -> bool {
+        self.read().services.contains_key(service)
+    }
+
     /// The names of all services, in order.
     #[must_use]
     pub fn services(&self) -> Vec<Name> {

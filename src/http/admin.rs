@@ -9,6 +9,7 @@ use http_body_util::Full;
 use percent_encoding::percent_decode_str;
 use serde_json::json;
 use std::{
+    borrow::Cow,
     convert::Infallible,
     fmt::Write,
     future::{Ready, ready},
@@ -69,26 +70,38 @@ impl<B> Service<Request<B>> for Admin {
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let answer = self.answer(request.uri().path(), request.headers());
+        let path = request.uri().path();
+        // Asked first: a page costs work, and only readers get one.
+        if !matches!(*request.method(), Method::GET | Method::HEAD) && self.has(path) {
+            return ready(Ok(not_allowed()));
+        }
+        let answer = self.answer(path, request.headers());
         ready(Ok(match *request.method() {
-            Method::GET => answer,
             // The headers of a GET, its length included, and no body.
             Method::HEAD => answer.map(|_| Full::default()),
-            _ if answer.status() == StatusCode::NOT_FOUND => answer,
-            _ => {
-                // The method is not repeated: it may be as long as the server lets a request be.
-                let detail = "the admin service only reads: GET and HEAD";
-                let mut refusal = problem(StatusCode::METHOD_NOT_ALLOWED, detail);
-                refusal
-                    .headers_mut()
-                    .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-                refusal
-            }
+            _ => answer,
         }))
     }
 }
 
+/// The method is not repeated: it may be as long as the server lets a request be.
+fn not_allowed() -> Response<Full<Bytes>> {
+    let detail = "the admin service only reads: GET and HEAD";
+    let mut refusal = problem(StatusCode::METHOD_NOT_ALLOWED, detail);
+    let allow = HeaderValue::from_static("GET, HEAD");
+    refusal.headers_mut().insert(ALLOW, allow);
+    refusal
+}
+
 impl Admin {
+    /// Whether there is anything at this path.
+    fn has(&self, path: &str) -> bool {
+        match path.strip_prefix("/status/") {
+            Some(service) => decode(service).is_some_and(|name| self.registry.has(&name)),
+            None => matches!(path, "/status" | "/metrics" | "/livez" | "/readyz"),
+        }
+    }
+
     fn answer(&self, path: &str, headers: &HeaderMap) -> Response<Full<Bytes>> {
         match path {
             "/status" => json_page(&self.registry.status()),
@@ -113,8 +126,7 @@ impl Admin {
     }
 
     fn service(&self, encoded: &str) -> Response<Full<Bytes>> {
-        let name = percent_decode_str(encoded).decode_utf8();
-        let status = name.ok().and_then(|name| self.registry.service_status(&name));
+        let status = decode(encoded).and_then(|name| self.registry.service_status(&name));
         match status {
             Some(status) => json_page(&status),
             None => problem(StatusCode::NOT_FOUND, "no such service; /status lists them"),
@@ -148,6 +160,11 @@ impl Admin {
         text.push_str(verdict);
         page(status, TEXT, text)
     }
+}
+
+/// A path segment as a name. What is not UTF-8 is nobody's name.
+fn decode(encoded: &str) -> Option<Cow<'_, str>> {
+    percent_decode_str(encoded).decode_utf8().ok()
 }
 
 const TEXT: &str = "text/plain; charset=utf-8";
