@@ -549,6 +549,30 @@ fn a_clock_that_leaps_serves_all_who_have_become_due() {
     );
 }
 
+/// A window counts whole admissions: two that came apart are free again apart, and a cost of two needs both.
+#[test]
+fn a_wait_behind_larger_ones_that_cannot_fit_a_window_is_refused_at_once() {
+    let (clock, limiter) = limiter(SlidingWindow::new(2, 10 * SECOND));
+    limiter.try_acquire().unwrap();
+    clock.advance(5 * SECOND);
+    limiter.try_acquire().unwrap();
+    clock.advance(SECOND);
+    let mut large = waiting(limiter.acquire_n(2));
+    let rejected = assert_ready!(spawn(limiter.acquire_within(1, 18 * SECOND)).poll()).unwrap_err();
+    assert_eq!(
+        rejected.retry_after,
+        Some(19 * SECOND),
+        "at 25 s, when both places of the large one are free"
+    );
+    let mut small = waiting(limiter.acquire_within(1, 19 * SECOND));
+    clock.advance(9 * SECOND);
+    admitted(&mut large);
+    clock.advance(just_before(10 * SECOND));
+    assert_pending!(small.poll());
+    clock.advance(NANOSECOND);
+    admitted(&mut small);
+}
+
 /// Tokio's timer ticks once a millisecond: ten tokens come between two ticks, and the bucket holds one.
 #[tokio::test(start_paused = true)]
 async fn a_line_moves_at_the_rate_however_coarse_the_timer_and_small_the_burst() {

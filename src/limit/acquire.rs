@@ -112,7 +112,7 @@ impl Place {
                     return (None, Look::Admitted(admission));
                 }
                 let before = waiters.cost();
-                let until = core.state.due(before + u64::from(cost), now);
+                let until = core.state.due_behind(waiters.costs(), before, cost, now);
                 if deadline.is_some_and(|deadline| until > deadline) {
                     return (None, Look::Refused { until });
                 }

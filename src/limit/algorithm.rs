@@ -141,7 +141,22 @@ impl State {
         }
     }
 
-    /// When so much would have been admitted, one after the other; may exceed the largest.
+    /// When `cost` would be admitted behind those who wait, whose costs are `ahead`, in sum `total`.
+    pub(super) fn due_behind(
+        &self,
+        ahead: impl Iterator<Item = u32>,
+        total: u64,
+        cost: u32,
+        now: Timestamp,
+    ) -> Timestamp {
+        match self {
+            // To a window it matters in what portions.
+            Self::SlidingWindow(state) => state.due_behind(ahead, cost, now),
+            Self::TokenBucket(_) | Self::Adaptive(_) => self.due(total + u64::from(cost), now),
+        }
+    }
+
+    /// When so much would have been admitted, one by one; may exceed the largest.
     pub(super) fn due(&self, cost: u64, now: Timestamp) -> Timestamp {
         match self {
             Self::TokenBucket(state) => state.due(cost, now),

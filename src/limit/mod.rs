@@ -273,7 +273,7 @@ impl RateLimiter {
                     if waiters.is_empty() {
                         core.state.take(cost, now)
                     } else {
-                        Err(core.state.due(waiters.cost() + u64::from(cost), now))
+                        Err(core.state.due_behind(waiters.costs(), waiters.cost(), cost, now))
                     }
                 },
             )

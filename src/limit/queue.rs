@@ -138,6 +138,11 @@ impl Waiters {
         self.cost
     }
 
+    /// The costs of those who wait, in order.
+    pub(super) fn costs(&self) -> impl Iterator<Item = u32> {
+        self.waiting.values().map(|waiter| waiter.cost)
+    }
+
     /// Adds a waiter at the end; its number.
     pub(super) fn join(&mut self, cost: u32, waker: Waker) -> u64 {
         self.arrivals += 1;

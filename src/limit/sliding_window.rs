@@ -3,6 +3,7 @@ use crate::{
     error::{ConfigError, duration, within},
 };
 use std::{
+    collections::VecDeque,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
@@ -272,6 +273,38 @@ impl SlidingWindowState {
             .free_from(head.forward(index(slot), self.ring.len()), stamp)
             .max(stamp);
         self.time(free.saturating_add(self.window.saturating_mul(laps)))
+    }
+
+    /// When `cost` requests at once would be admitted after those that wait already, each at once, in this order. Follows the
+    /// ring into the future: O(waiters).
+    pub(super) fn due_behind(&self, ahead: impl Iterator<Item = u32>, cost: u32, now: Timestamp) -> Timestamp {
+        let head = Position::unpack(self.head.load(Ordering::Acquire));
+        let (size, stamp) = (self.ring.len(), self.stamp(now));
+        // The ring from the head on, first as it is, then as the waiters will have left it.
+        let (mut old, mut future) = (0, VecDeque::new());
+        let mut at = stamp;
+        for cost in ahead.chain([cost]) {
+            let mut slots = index(cost.into());
+            let of_old = slots.min(size - old);
+            if of_old > 0 {
+                old += of_old;
+                slots -= of_old;
+                at = at.max(self.free_from(head.forward(old - 1, size), stamp));
+            }
+            while slots > 0
+                && let Some((count, admitted)) = future.front_mut()
+            {
+                let used = slots.min(*count);
+                slots -= used;
+                *count -= used;
+                at = at.max(self.window.saturating_add(*admitted));
+                if *count == 0 {
+                    future.pop_front();
+                }
+            }
+            future.push_back((index(cost.into()), at));
+        }
+        self.time(at)
     }
 
     /// When `cost` requests, no more than the quota, would be admitted at once; now or later.
