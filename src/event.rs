@@ -160,6 +160,13 @@ pub(crate) struct Hub {
 }
 
 impl Hub {
+    pub(crate) fn on_event(&self, listener: impl Fn(&Event) + Send + Sync + 'static) -> ListenerId {
+        let listener = Listener::new(listener);
+        let id = listener.id;
+        self.add(listener);
+        id
+    }
+
     pub(crate) fn add(&self, listener: Listener) {
         self.change(|listeners| listeners.push(listener));
     }

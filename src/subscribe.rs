@@ -1,6 +1,6 @@
 //! The queue behind `subscribe`: a listener that only takes notes.
 
-use crate::event::{Event, Listen, Listener};
+use crate::event::{Event, Hub, Listen, Listener};
 use std::{
     collections::VecDeque,
     fmt,
@@ -86,6 +86,14 @@ impl Listen for Sender {
 impl Drop for Sender {
     fn drop(&mut self) {
         self.change(|state, _| state.ended = true);
+    }
+}
+
+impl Hub {
+    pub(crate) fn subscribe(&self, capacity: usize) -> Events {
+        let (events, listener) = Events::new(capacity);
+        self.add(listener);
+        events
     }
 }
 

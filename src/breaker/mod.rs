@@ -583,10 +583,7 @@ impl CircuitBreaker {
 
     /// Calls `listener` on every event of this breaker; see [`Event`] for how.
     pub fn on_event(&self, listener: impl Fn(&Event) + Send + Sync + 'static) -> ListenerId {
-        let listener = Listener::new(listener);
-        let id = listener.id;
-        self.add_listener(listener);
-        id
+        self.shared.hub.on_event(listener)
     }
 
     /// Removes a listener; `false` if it is not there.
@@ -597,9 +594,7 @@ impl CircuitBreaker {
     /// A queue of this breaker's events that holds `capacity` (at least one) and loses the oldest.
     #[must_use = "dropping the queue ends the subscription"]
     pub fn subscribe(&self, capacity: usize) -> Events {
-        let (events, listener) = Events::new(capacity);
-        self.add_listener(listener);
-        events
+        self.shared.hub.subscribe(capacity)
     }
 
     pub(crate) fn add_listener(&self, listener: Listener) {

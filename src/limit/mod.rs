@@ -472,10 +472,7 @@ impl RateLimiter {
 
     /// Calls `listener` on every event of this limiter; see [`Event`] for how.
     pub fn on_event(&self, listener: impl Fn(&Event) + Send + Sync + 'static) -> ListenerId {
-        let listener = Listener::new(listener);
-        let id = listener.id;
-        self.add_listener(listener);
-        id
+        self.shared.hub.on_event(listener)
     }
 
     /// Removes a listener; `false` if it is not there.
@@ -486,9 +483,7 @@ impl RateLimiter {
     /// A queue of this limiter's events that holds `capacity` (at least one) and loses the oldest.
     #[must_use = "dropping the queue ends the subscription"]
     pub fn subscribe(&self, capacity: usize) -> Events {
-        let (events, listener) = Events::new(capacity);
-        self.add_listener(listener);
-        events
+        self.shared.hub.subscribe(capacity)
     }
 
     pub(crate) fn add_listener(&self, listener: Listener) {
