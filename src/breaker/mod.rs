@@ -128,7 +128,7 @@ type CoreStripe = Stripe<Core, { counter::COUNTERS }>;
 /// lock either. Every other outcome (a failure and the success after it, a slow call, a dropped one, a probe, any call in a
 /// window of time) takes a mutex for a step that does not depend on the traffic. Reading the state or the status takes it too.
 ///
-/// Memory: about 1 KB, 264 bytes for each core (rounded up to a power of two, at most 64), two bits for each call of a window
+/// Memory: about 800 bytes, 264 for each core (rounded up to a power of two, at most 64), two bits for each call of a window
 /// of calls, and 8 bytes for each failure that [`failures_within`](CircuitBreakerConfig::failures_within) remembers.
 #[derive(Clone)]
 pub struct CircuitBreaker {

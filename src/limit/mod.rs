@@ -75,7 +75,7 @@ type CoreStripe = Stripe<Core, { counter::COUNTERS }>;
 /// An admission takes no lock and allocates nothing while nobody waits for the limiter. While somebody does, every call takes
 /// the queue's mutex, for O(log n) of n waiters.
 ///
-/// Memory: about 500 bytes, 264 for each core (rounded up to a power of two, at most 64), the ring of a [`SlidingWindow`], and
+/// Memory: about 600 bytes, 264 for each core (rounded up to a power of two, at most 64), the ring of a [`SlidingWindow`], and
 /// for each waiter some 200 in its future and a place in the queue.
 #[derive(Clone)]
 pub struct RateLimiter {
