@@ -254,7 +254,8 @@ impl Bucket {
             let look = self.look_and_touch(line, now);
             let (before, made) = self.level(line, &look, self.burst);
             let content = change(before).min(self.burst);
-            if content == before {
+            // At an end it is set anew: the unit in the making has grown since.
+            if content == before && content.abs() != self.burst {
                 return;
             }
             let made = if content.abs() < self.burst {
