@@ -141,7 +141,7 @@ impl<P, C, R> GuardLayer<P, C, R> {
         self.classify_with(ByResult(judge))
     }
 
-    /// Judges errors with a closure; every response is a success. The seed of this crate called it `expected_exception`.
+    /// Judges errors with a closure; every response is a success. Other circuit breakers call it `expected_exception`.
     ///
     /// ```
     /// # use portcullis::{CircuitBreaker, CircuitBreakerLayer, Outcome};

@@ -86,7 +86,7 @@ fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// The number that the seed of this crate gave each state.
+/// The number of each state, in the order of how bad it is.
 fn state_number(state: State) -> f64 {
     match state {
         State::Closed => 0.0,
