@@ -1,9 +1,14 @@
 //! Pins that the README shows what the code does: the status page, the metrics with their types and labels, the alert rules.
+//!
+//! `tests/run` installs `promtool`, which runs the alert rules.
 #![cfg(feature = "http")]
 
 use portcullis::{CircuitBreakerConfig, Clock, MetricsFormat, Outcome, RateLimiter, Registry, TokenBucket, Window};
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+    process::Command,
     time::Duration,
 };
 use tower::ServiceExt;
@@ -113,4 +118,85 @@ fn the_alert_rules_ask_only_for_metrics_and_labels_that_exist() {
         }
     }
     assert!(asked >= 6, "each of the six rules asks for a metric, found {asked}");
+}
+
+/// Every sample of every scrape, as `promtool` takes them. Every service is called each 5 s, and scraped each 15 s before that.
+fn scraped(registry: &Registry, scrapes: usize, mut call: impl FnMut(u64)) -> Vec<serde_json::Value> {
+    let mut series: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for scrape in 0..scrapes {
+        for line in registry.metrics_text(MetricsFormat::Prometheus).lines() {
+            if !line.starts_with('#') {
+                let (name, value) = line.rsplit_once(' ').unwrap();
+                let values = series.entry(name.to_owned()).or_default();
+                // What was absent so far.
+                values.resize(scrape, "_".to_owned());
+                values.push(value.to_owned());
+            }
+        }
+        (0..3).for_each(|third| call(scrape as u64 * 15 + third * 5));
+    }
+    let series = series.into_iter();
+    series
+        .map(|(name, values)| serde_json::json!({ "series": name, "values": values.join(" ") }))
+        .collect()
+}
+
+/// A probe that fails keeps an outage going, though a scrape may see the circuit half-open just before.
+#[test]
+fn the_alerts_tell_a_circuit_that_stays_open_from_one_that_opens_again_and_again() {
+    let clock = Clock::manual();
+    let registry = Registry::with_clock(&clock);
+    let services = ["well", "blip", "down", "flapping"].map(|service| {
+        let config = CircuitBreakerConfig::default().failure_threshold(1);
+        let open = Duration::from_secs(if service == "flapping" { 20 } else { 60 });
+        let breaker = registry.circuit_breaker(service, config.recovery_timeout(open));
+        (service, breaker.unwrap())
+    });
+    let series = scraped(&registry, 120, |second| {
+        for (service, breaker) in &services {
+            let fails = match *service {
+                "blip" => (60..90).contains(&second),
+                "down" => second >= 60,
+                "flapping" => second % 60 == 0,
+                _ => false,
+            };
+            if let Ok(permit) = breaker.try_acquire() {
+                permit.settle(if fails { Outcome::Failure } else { Outcome::Success });
+            }
+        }
+        clock.advance(Duration::from_secs(5));
+    });
+
+    let expected = |alert: &str, minute: u32, service: &str, summary: &str| {
+        serde_json::json!({
+            "alertname": alert,
+            "eval_time": format!("{minute}m"),
+            "exp_alerts": [{
+                "exp_labels": { "service": service, "severity": "warning" },
+                "exp_annotations": { "summary": summary },
+            }],
+        })
+    };
+    let mut alerts = Vec::new();
+    for minute in 16..29 {
+        alerts.push(expected("CircuitOpen", minute, "down", "down is not being called"));
+        let summary = "the circuit of flapping opens again and again";
+        alerts.push(expected("CircuitFlapping", minute, "flapping", summary));
+    }
+    let tests = serde_json::json!({
+        "rule_files": ["alerts.yml"],
+        "evaluation_interval": "15s",
+        "tests": [{ "interval": "15s", "input_series": series, "alert_rule_test": alerts }],
+    });
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    fs::write(directory.join("alerts.yml"), block("yaml")).unwrap();
+    // JSON is YAML.
+    fs::write(directory.join("alerts_test.yml"), tests.to_string()).unwrap();
+    let output = Command::new("promtool")
+        .args(["test", "rules"])
+        .arg(directory.join("alerts_test.yml"))
+        .output()
+        .expect("tests/run installs promtool");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "promtool test rules: {said}");
 }
