@@ -304,7 +304,9 @@ pub(crate) struct Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         if let Some(id) = self.id {
-            self.clock.sleepers().by_deadline.remove(&(self.deadline, id));
+            let waker = self.clock.sleepers().by_deadline.remove(&(self.deadline, id));
+            // Outside the lock: the last waker of a task drops its future, which may sleep here as well.
+            drop(waker);
         }
     }
 }
@@ -325,7 +327,9 @@ impl Future for Sleep {
             sleepers.next += 1;
             sleepers.next
         });
-        sleepers.by_deadline.insert((entry.deadline, id), cx.waker().clone());
+        let replaced = sleepers.by_deadline.insert((entry.deadline, id), cx.waker().clone());
+        drop(sleepers);
+        drop(replaced);
         Poll::Pending
     }
 }

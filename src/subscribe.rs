@@ -126,7 +126,10 @@ impl Events {
             Some(event) => Poll::Ready(Some(event)),
             None if state.ended => Poll::Ready(None),
             None => {
-                state.waker = Some(cx.waker().clone());
+                let replaced = state.waker.replace(cx.waker().clone());
+                drop(state);
+                // Outside the lock: the last waker of a task drops its future, and what that holds may have events to tell.
+                drop(replaced);
                 Poll::Pending
             }
         }

@@ -12,7 +12,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    task::Poll,
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 use tokio_test::{
@@ -814,5 +814,49 @@ fn a_limiter_that_is_waited_for_is_freed_with_its_last_handle() {
         drop(second);
         drop(permit);
         assert!(watched.upgrade().is_none(), "{algorithm:?}: freed");
+    }
+}
+
+/// A task as small executors make it: its wakers own it, and the last one to go takes its future along.
+struct OwnedByItsWaker(#[expect(dead_code, reason = "held for its drop")] Mutex<Spawn<Acquire>>);
+
+impl Wake for OwnedByItsWaker {
+    fn wake(self: Arc<Self>) {}
+}
+
+/// A wait that is kept alive by nothing but the waker it hands out.
+fn owned_by_its_waker(acquire: Acquire) -> Waker {
+    Arc::new(OwnedByItsWaker(Mutex::new(waiting(acquire)))).into()
+}
+
+#[test]
+fn the_last_waker_of_a_task_that_waits_itself_may_go_with_a_wait() {
+    for algorithm in one_a_second() {
+        let (_clock, limiter) = limiter(algorithm);
+        limiter.try_acquire().expect("full");
+        let waker = owned_by_its_waker(limiter.acquire());
+        let mut wait = Box::pin(limiter.acquire());
+        assert_pending!(wait.as_mut().poll(&mut Context::from_waker(&waker)));
+        drop(waker);
+        drop(wait);
+        assert_eq!(limiter.status().waiting, 0, "both have left the line: {algorithm:?}");
+    }
+}
+
+#[test]
+fn the_last_waker_of_a_task_that_waits_itself_may_be_replaced() {
+    for algorithm in one_a_second() {
+        let (_clock, limiter) = limiter(algorithm);
+        limiter.try_acquire().expect("full");
+        let waker = owned_by_its_waker(limiter.acquire());
+        let mut wait = Box::pin(limiter.acquire());
+        assert_pending!(wait.as_mut().poll(&mut Context::from_waker(&waker)));
+        drop(waker);
+        assert_pending!(wait.as_mut().poll(&mut Context::from_waker(Waker::noop())));
+        assert_eq!(
+            limiter.status().waiting,
+            1,
+            "the other one has left the line: {algorithm:?}"
+        );
     }
 }

@@ -130,7 +130,7 @@ impl Place {
 
     fn look(&self, waker: &Waker, now: Timestamp) -> Look {
         let core: &Core = &self.limiter.shared;
-        let turn = core.queue.serve(
+        let (turn, _replaced) = core.queue.serve(
             |cost| core.state.take_in_line(cost, now),
             |waiters| waiters.turn(self.number, waker),
         );

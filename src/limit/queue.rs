@@ -101,11 +101,16 @@ impl Queue {
     pub(super) fn leave(&self, number: u64) -> (Option<Admission>, bool) {
         let mut waiters = self.lock();
         let was_front = waiters.front() == Some(number);
-        if let Some(waiter) = waiters.waiting.remove(&number) {
+        let waiter = waiters.waiting.remove(&number);
+        if let Some(waiter) = &waiter {
             waiters.cost -= u64::from(waiter.cost);
         }
         self.waiting.store(waiters.waiting.len(), Ordering::Release);
-        (waiters.served.remove(&number), was_front)
+        let served = waiters.served.remove(&number);
+        drop(waiters);
+        // Outside the lock: the last waker of a task drops its future, which may wait here as well.
+        drop(waiter);
+        (served, was_front)
     }
 
     /// Has the front look at the clock again: what it waits for may come earlier now.
@@ -156,23 +161,25 @@ impl Waiters {
         self.arrivals
     }
 
-    /// A waiter's turn; if it has not come, the waiter is woken through `waker` from now on.
-    pub(super) fn turn(&mut self, number: u64, waker: &Waker) -> Turn {
+    /// A waiter's turn; if it has not come, the waiter is woken through `waker` from now on. The waker that this replaces is to
+    /// be dropped outside the lock.
+    pub(super) fn turn(&mut self, number: u64, waker: &Waker) -> (Turn, Option<Waker>) {
         if let Some(admission) = self.served.remove(&number) {
-            return Turn::Served(admission);
+            return (Turn::Served(admission), None);
         }
         let front = self.front();
         let served = self.served_cost;
         match self.waiting.get_mut(&number) {
             Some(waiter) => {
-                waiter.waker.clone_from(waker);
+                let replaced =
+                    (!waiter.waker.will_wake(waker)).then(|| std::mem::replace(&mut waiter.waker, waker.clone()));
                 // Those who gave up in between leave the ticket too high; at the front the own cost is all there is.
                 let before = if front == Some(number) {
                     waiter.cost.into()
                 } else {
                     waiter.ticket.saturating_sub(served)
                 };
-                Turn::Waiting(before)
+                (Turn::Waiting(before), replaced)
             }
             None => unreachable!("a waiter leaves by its own hand"),
         }
