@@ -860,3 +860,25 @@ fn the_last_waker_of_a_task_that_waits_itself_may_be_replaced() {
         );
     }
 }
+
+#[test]
+fn a_true_cost_charges_nobody_who_was_due_before() {
+    for algorithm in [
+        Algorithm::from(TokenBucket::new(1, SECOND)),
+        Adaptive::new(1).window(SECOND).max_rate(1).into(),
+    ] {
+        let (clock, limiter) = limiter(algorithm);
+        let permit = limiter.try_acquire().expect("full");
+        let mut line: Vec<_> = (0..3).map(|_| waiting(limiter.acquire())).collect();
+        clock.advance(3 * SECOND);
+        permit.settle(Verdict::new(Outcome::Success).cost(2));
+        for waiter in &mut line {
+            drop(admitted(waiter));
+        }
+        assert_eq!(
+            wait_of(limiter.try_acquire()),
+            2 * SECOND,
+            "what the call cost more is paid by who comes after them: {algorithm:?}"
+        );
+    }
+}

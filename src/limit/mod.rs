@@ -563,6 +563,8 @@ impl Permit for RateLimitPermit {
         {
             let now = now.at(&core.clock);
             core.roll(now);
+            // Who is due is served first: a correction lets overflow what came while they waited.
+            core.serve(now);
             core.state.correct(self.cost, cost, now);
             core.serve(now);
         }
