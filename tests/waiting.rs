@@ -9,10 +9,11 @@ use std::{
     future::Future,
     pin::pin,
     sync::{
-        Arc, Mutex,
+        Arc, Barrier, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll, Wake, Waker},
+    thread,
     time::Duration,
 };
 use tokio_test::{
@@ -880,5 +881,26 @@ fn a_true_cost_charges_nobody_who_was_due_before() {
             2 * SECOND,
             "what the call cost more is paid by who comes after them: {algorithm:?}"
         );
+    }
+}
+
+#[test]
+fn what_comes_back_while_somebody_joins_the_line_is_not_overlooked() {
+    for round in 0..20_000 {
+        let (_clock, limiter) = limiter(TokenBucket::new(1, SECOND));
+        let permit = limiter.try_acquire().expect("full");
+        let start = Barrier::new(2);
+        let mut wait = thread::scope(|scope| {
+            scope.spawn(|| {
+                start.wait();
+                permit.unused();
+            });
+            start.wait();
+            let mut wait = spawn(limiter.acquire());
+            let first = wait.poll();
+            (wait, first)
+        });
+        let served = wait.1.is_ready() || wait.0.is_woken() && wait.0.poll().is_ready();
+        assert!(served, "round {round}: a token lies there and the only waiter sleeps");
     }
 }

@@ -106,10 +106,14 @@ impl Place {
         core.queue.serve(
             |cost| core.state.take_in_line(cost, now),
             |waiters| {
-                if waiters.is_empty()
-                    && let Ok(admission) = core.state.take(cost, now)
-                {
-                    return (None, Look::Admitted(admission));
+                if waiters.is_empty() {
+                    let taken = core.state.take(cost, now).or_else(|_| {
+                        core.queue.announce(waiters);
+                        core.state.take(cost, now)
+                    });
+                    if let Ok(admission) = taken {
+                        return (None, Look::Admitted(admission));
+                    }
                 }
                 let before = waiters.cost();
                 let until = core.state.due_behind(waiters.costs(), before, cost, now);

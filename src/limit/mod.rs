@@ -154,7 +154,7 @@ impl Core {
     /// Serves who waits after something came back or the front left. Who is the front then looks at the clock again: what is
     /// not enough for it brings its time nearer all the same.
     fn serve(&self, now: Timestamp) {
-        if !self.queue.is_empty() {
+        if !self.queue.is_empty_after_giving() {
             self.queue.serve(|cost| self.state.take_in_line(cost, now), |_| ());
             self.queue.wake_front();
         }

@@ -10,7 +10,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering, fence},
     },
     task::Waker,
 };
@@ -62,6 +62,19 @@ impl Queue {
     /// The cost of all that wait.
     pub(super) fn cost(&self) -> u64 {
         if self.is_empty() { 0 } else { self.lock().cost }
+    }
+
+    /// Announces that somebody is about to wait. Whoever joins an empty queue asks the limiter once more after this: somebody who
+    /// gave something back and then found nobody waiting came before, and what it gave is seen.
+    pub(super) fn announce(&self, _: &mut Waiters) {
+        self.waiting.store(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Whether nobody waits for what the caller has just given back; pairs with [`announce`](Self::announce).
+    pub(super) fn is_empty_after_giving(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.is_empty()
     }
 
     /// Serves the queue from the front with `take`, then runs `step` on it; wakes the served, and a new front, outside the lock.
