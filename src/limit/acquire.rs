@@ -145,10 +145,15 @@ impl Place {
                 if self.deadline.is_some_and(|deadline| now >= deadline) {
                     return Look::Refused { until };
                 }
-                let is_front = cost == u64::from(self.cost);
-                let until = if is_front { core.settled(until, now) } else { until };
-                // Something changed between the two looks: whoever changed it wakes the front.
-                let until = Some(until).filter(|until| now < *until);
+                let until = if cost == u64::from(self.cost) {
+                    // Something changed between the two looks: not everybody who changes something wakes the front (an
+                    // admission that is written late does not), so it looks again by itself.
+                    let soon = now.saturating_add(Duration::from_nanos(1));
+                    Some(core.settled(until, now).max(soon))
+                } else {
+                    // Woken as the front, at the latest.
+                    Some(until).filter(|until| now < *until)
+                };
                 Look::Waiting { until }
             }
         }
