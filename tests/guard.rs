@@ -1936,3 +1936,38 @@ mod random {
         }
     }
 }
+
+#[test]
+fn a_readied_guard_keeps_its_probe_while_others_come_and_go() {
+    let clock = Clock::manual();
+    let breaker = CircuitBreaker::builder("search")
+        .clock(&clock)
+        .failure_threshold(1)
+        .recovery_timeout(OPEN)
+        .half_open_max_calls(2)
+        .success_threshold(1)
+        .build()
+        .unwrap();
+    breaker.try_acquire().unwrap().settle(Outcome::Failure);
+    clock.advance(OPEN);
+    let world = Arc::new(World::default());
+    let mut guard = CircuitBreakerLayer::new(breaker.clone()).layer(hanging(&world));
+    assert!(poll_ready(&mut guard).is_ready());
+    // A slot that is given up and taken anew has a lease from now on.
+    clock.advance(OPEN / 2);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                breaker.try_acquire().expect("the other slot is free").unused();
+            }
+        });
+        for _ in 0..500_000 {
+            assert!(poll_ready(&mut guard).is_ready());
+        }
+        over.store(true, Ordering::SeqCst);
+    });
+    assert_eq!(probes(&breaker), 1, "the guard's");
+    clock.advance(OPEN / 2);
+    assert_eq!(probes(&breaker), 0, "its lease is the one that it was readied with");
+}

@@ -72,8 +72,10 @@ impl CircuitBreakerPermit {
         let (Some(stripe), Some(lease)) = (&self.stripe, self.lease) else {
             return false;
         };
-        word::generation(stripe.word.load(Ordering::Acquire)) == self.generation
-            && stripe.machine().holds(lease, now.at(&stripe.clock))
+        let now = now.at(&stripe.clock);
+        // Not from the word: a busy one names no generation.
+        let machine = stripe.machine();
+        machine.generation() == self.generation && machine.holds(lease, now)
     }
 
     fn end(&mut self, end: End, reading: &Reading) {
