@@ -6,7 +6,10 @@ use limiters::{NANOSECOND, SECOND, YEAR, acquire_when_told, just_before, limiter
 use portcullis::{Adaptive, Algorithm, ManualClock, Outcome, RateLimitPermit, RateLimiter, SlidingWindow, TokenBucket};
 use portcullis::{Rejected, Timestamp, Verdict};
 use proptest::prelude::*;
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 /// What happens next.
 #[derive(Debug, Clone)]
@@ -666,4 +669,39 @@ proptest! {
             prop_assert_eq!(clock.now().duration_since(start).as_nanos(), due, "token {} is late or early: it drifts", taken);
         }
     }
+}
+
+#[test]
+fn a_status_read_while_a_bucket_wakes_up_from_a_long_rest_is_not_garbled() {
+    const ROUNDS: usize = 200_000;
+    // So fast that a second is many times what 64 bits tell apart.
+    let (clock, limiter) = limiter(TokenBucket::new(u32::MAX, NANOSECOND));
+    let (round, read) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let wait_for = |counter: &AtomicUsize, number| {
+        while counter.load(Ordering::SeqCst) < number {
+            std::hint::spin_loop();
+        }
+    };
+    let garbled = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut garbled = Vec::new();
+            for number in 1..=ROUNDS {
+                wait_for(&round, number);
+                let status = limiter.status();
+                if status.retry_after.is_some() {
+                    garbled.push((number, status.retry_after));
+                }
+                read.store(number, Ordering::SeqCst);
+            }
+            garbled
+        });
+        for number in 1..=ROUNDS {
+            clock.advance(Duration::from_millis(3_000));
+            round.store(number, Ordering::SeqCst);
+            limiter.try_acquire().expect("full");
+            wait_for(&read, number);
+        }
+        reader.join().expect("reads")
+    });
+    assert_eq!(garbled.first(), None, "four billion are there, before and after");
 }

@@ -83,8 +83,9 @@ fn difference(a: u64, b: u64) -> i64 {
 /// # Ordering
 ///
 /// `gone` is loaded with Acquire and written with Release. A taker touches the bucket, if that is due, before it takes; so
-/// whoever sees what it took sees that the bucket is touched, if it looks at `touched` after `gone`. A refusal is believed only
-/// if `gone` is still what it was.
+/// whoever sees what it took sees that the bucket is touched, if it looks at `touched` after `gone`. The other way round, who
+/// sees that it was touched might have seen a `gone` from before: two counts that lie too far apart to be compared. So a look
+/// counts only if `gone` is still what it was.
 #[derive(Debug)]
 pub(super) struct Bucket {
     /// Units ever taken, or lost because the bucket was full; wraps.
@@ -131,10 +132,22 @@ impl Bucket {
         self.token.saturating_mul(cost.into()).min(most).cast_signed()
     }
 
+    /// What is gone, and when the bucket was touched before that.
+    fn counts(&self) -> (u64, u64) {
+        let mut gone = self.gone.load(Ordering::Acquire);
+        loop {
+            let touched = self.touched.load(Ordering::Acquire);
+            let latest = self.gone.load(Ordering::Acquire);
+            if latest == gone {
+                return (gone, touched);
+            }
+            gone = latest;
+        }
+    }
+
     /// Counts of what is gone and made, and the time at which they belong together.
     fn look(&self, line: &Line, now: Timestamp) -> Look {
-        let gone = self.gone.load(Ordering::Acquire);
-        let touched = self.touched.load(Ordering::Acquire);
+        let (gone, touched) = self.counts();
         // A thread that lies so far behind that the difference would be ambiguous takes the later time that others have read.
         let now = now.max(Timestamp::from_nanos(touched.saturating_sub(self.touch_after)));
         let since = now.nanos().saturating_sub(touched);
@@ -207,10 +220,7 @@ impl Bucket {
             let look = self.look_and_touch(line, now);
             let (content, made) = self.level(line, &look, most);
             if content < need {
-                if self.gone.load(Ordering::Acquire) == look.gone {
-                    return Err(need.abs_diff(content));
-                }
-                continue;
+                return Err(need.abs_diff(content));
             }
             let left = (content - need).cast_unsigned();
             if self.replace(look.gone, made.wrapping_sub(left)) {
