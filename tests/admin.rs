@@ -194,6 +194,7 @@ fn untouched() -> Value {
             "recovery_timeout": 60.0,
             "recovery_backoff_multiplier": null,
             "recovery_backoff_max": null,
+            "recovery_backoff_jitter": null,
             "half_open_max_calls": 3,
             "success_threshold": 2,
             "probe_lease": 60.0,
@@ -315,7 +316,7 @@ fn the_status_shows_windows_overrides_and_every_setting() {
         .window(Window::time(10 * second))
         .minimum_calls(2)
         .recovery_timeout(second / 2)
-        .recovery_backoff(portcullis::Backoff::new(1.5, MINUTE))
+        .recovery_backoff(portcullis::Backoff::new(1.5, MINUTE).jitter(0.25))
         .half_open_max_calls(5)
         .success_threshold(4)
         .probe_lease(2 * second)
@@ -340,6 +341,7 @@ fn the_status_shows_windows_overrides_and_every_setting() {
         "recovery_timeout": 0.5,
         "recovery_backoff_multiplier": 1.5,
         "recovery_backoff_max": 60.0,
+        "recovery_backoff_jitter": 0.25,
         "half_open_max_calls": 5,
         "success_threshold": 4,
         "probe_lease": 2.0,

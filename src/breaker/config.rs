@@ -339,7 +339,7 @@ impl serde::Serialize for CircuitBreakerConfig {
             Some(WindowKind::Time(period)) => (None, Some(period.as_secs_f64())),
             None => (None, None),
         };
-        let mut out = serializer.serialize_struct("CircuitBreakerConfig", 18)?;
+        let mut out = serializer.serialize_struct("CircuitBreakerConfig", 19)?;
         out.serialize_field(
             "failure_threshold",
             &settings.and_then(|settings| settings.failure_threshold),
@@ -366,6 +366,10 @@ impl serde::Serialize for CircuitBreakerConfig {
         out.serialize_field(
             "recovery_backoff_max",
             &seconds(self.recovery_backoff.map(|backoff| backoff.max)),
+        )?;
+        out.serialize_field(
+            "recovery_backoff_jitter",
+            &self.recovery_backoff.map(|backoff| backoff.jitter),
         )?;
         out.serialize_field("half_open_max_calls", &self.half_open_max_calls)?;
         out.serialize_field("success_threshold", &self.success_threshold)?;
