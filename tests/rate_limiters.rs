@@ -1317,3 +1317,16 @@ fn threads_that_take_and_give_back_leave_everything_there() {
         assert_eq!(drain(&limiter), 8, "{algorithm:?}");
     }
 }
+
+#[test]
+fn a_clock_that_fell_far_behind_is_told_the_exact_time_all_the_same() {
+    let (clock, limiter) = limiter(TokenBucket::new(u32::MAX, NANOSECOND).burst(1));
+    clock.advance(10 * SECOND);
+    limiter.try_acquire().expect("full");
+    clock.rewind(5 * SECOND);
+    assert_eq!(
+        acquire_when_told(&clock, &limiter, 1),
+        5 * SECOND + NANOSECOND,
+        "until the clock is back, and the nanosecond that brings a token"
+    );
+}

@@ -1,4 +1,4 @@
-use super::bucket::{Bucket, Line};
+use super::bucket::{Bucket, Line, Short};
 use crate::{
     clock::{Timestamp, nanos},
     error::{ConfigError, duration, share, within},
@@ -421,37 +421,36 @@ impl AdaptiveState {
         self.present(&course, now).window_end
     }
 
-    /// When so many units that are missing now will have been made, if no more outcomes arrive: a move that is already settled
-    /// is foreseen.
-    fn when(&self, missing: u64, now: Timestamp) -> Timestamp {
+    /// When what is missing will have been made, if no more outcomes arrive: a move that is already settled is foreseen.
+    fn when(&self, short: Short) -> Timestamp {
         let course = self.course();
-        if let Some(next) = self.next_course(&course, self.seen(), now) {
+        if let Some(next) = self.next_course(&course, self.seen(), short.at) {
             // A move that is due uses up what was seen: none follows from it.
-            return next.line.later(now, missing);
+            return next.line.when(short);
         }
         let end = course.window_end;
-        let at = course.line.later(now, missing);
+        let at = course.line.when(short);
         if at <= end {
             return at;
         }
-        let until_then = course.line.made(end).wrapping_sub(course.line.made(now));
+        let until_then = course.line.made(end).wrapping_sub(course.line.made(short.at));
         self.present(&course, end)
             .line
-            .later(end, missing.saturating_sub(until_then))
+            .later(end, short.units.saturating_sub(until_then))
     }
 
     pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
         let taken = self.bucket.take(&self.line(now), cost, now);
-        self.taken(taken, cost, now)
+        self.taken(taken, cost)
     }
 
     pub(super) fn take_in_line(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
         let taken = self.bucket.take_in_line(&self.line(now), cost, now);
-        self.taken(taken, cost, now)
+        self.taken(taken, cost)
     }
 
-    fn taken(&self, taken: Result<(), u64>, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
-        taken.map_err(|missing| self.when(missing, now))?;
+    fn taken(&self, taken: Result<(), Short>, cost: u32) -> Result<(), Timestamp> {
+        taken.map_err(|short| self.when(short))?;
         self.used.fetch_add(cost.into(), Ordering::Relaxed);
         Ok(())
     }
@@ -479,14 +478,13 @@ impl AdaptiveState {
     }
 
     pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
-        match self.bucket.peek(&self.line(now), cost, now) {
-            Ok(()) => now,
-            Err(missing) => self.when(missing, now),
-        }
+        let enough = self.bucket.peek(&self.line(now), cost, now);
+        enough.map_or_else(|short| self.when(short), |()| now)
     }
 
     pub(super) fn due(&self, cost: u64, now: Timestamp) -> Timestamp {
-        self.when(self.bucket.missing(&self.line(now), cost, now), now)
+        let enough = self.bucket.peek_in_line(&self.line(now), cost, now);
+        enough.map_or_else(|short| self.when(short), |()| now)
     }
 
     pub(super) fn tokens(&self, now: Timestamp) -> f64 {

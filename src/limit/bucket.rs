@@ -56,6 +56,11 @@ impl Line {
         Timestamp::from_nanos(self.start.nanos().saturating_add(at)).max(now)
     }
 
+    /// When what is missing will have been made.
+    pub(super) fn when(&self, short: Short) -> Timestamp {
+        self.later(short.at, short.units)
+    }
+
     /// Whether a unit is in the making: then the whole ones are not the whole truth.
     fn is_between(&self, now: Timestamp) -> bool {
         self.div > 1 && u128::from(self.elapsed(now)) * u128::from(self.mul) % u128::from(self.div) > 0
@@ -203,25 +208,23 @@ impl Bucket {
             .is_ok()
     }
 
-    /// Takes `cost` tokens (no more than the burst), or tells how many units are missing.
-    pub(super) fn take(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), u64> {
+    /// Takes `cost` tokens (no more than the burst), or tells what is missing.
+    pub(super) fn take(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), Short> {
         self.take_from(line, cost, now, self.burst)
     }
 
     /// The same for those who wait in line. While somebody waits nothing overflows: had the waiter been served the moment it
     /// was due, the tokens that came later would have been there for the next. A timer that is late costs nobody anything.
-    pub(super) fn take_in_line(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), u64> {
+    pub(super) fn take_in_line(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), Short> {
         self.take_from(line, cost, now, i64::MAX)
     }
 
-    fn take_from(&self, line: &Line, cost: u32, now: Timestamp, most: i64) -> Result<(), u64> {
+    fn take_from(&self, line: &Line, cost: u32, now: Timestamp, most: i64) -> Result<(), Short> {
         let need = self.units(cost);
         loop {
             let look = self.look_and_touch(line, now);
             let (content, made) = self.level(line, &look, most);
-            if content < need {
-                return Err(need.abs_diff(content));
-            }
+            look.enough(content.into(), need.into())?;
             let left = (content - need).cast_unsigned();
             if self.replace(look.gone, made.wrapping_sub(left)) {
                 return Ok(());
@@ -230,20 +233,15 @@ impl Bucket {
     }
 
     /// The answer of [`take`](Self::take), without taking.
-    pub(super) fn peek(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), u64> {
-        let (need, content) = (self.units(cost), self.look(line, now).content.min(self.burst));
-        if content < need {
-            Err(need.abs_diff(content))
-        } else {
-            Ok(())
-        }
+    pub(super) fn peek(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), Short> {
+        let look = self.look(line, now);
+        look.enough(look.content.min(self.burst).into(), self.units(cost).into())
     }
 
-    /// How many units are missing for a line of waiters that cost so much together, one after the other.
-    pub(super) fn missing(&self, line: &Line, cost: u64, now: Timestamp) -> u64 {
-        let content = i128::from(self.look(line, now).content);
-        let missing = i128::from(self.token) * i128::from(cost) - content;
-        u64::try_from(missing.max(0)).unwrap_or(u64::MAX)
+    /// What is missing for a line of waiters that cost so much together, one after the other.
+    pub(super) fn peek_in_line(&self, line: &Line, cost: u64, now: Timestamp) -> Result<(), Short> {
+        let look = self.look(line, now);
+        look.enough(look.content.into(), i128::from(self.token) * i128::from(cost))
     }
 
     /// Gives tokens back. The bucket still holds no more than its burst.
@@ -294,6 +292,25 @@ struct Look {
     content: i64,
     now: Timestamp,
     wants_touch: bool,
+}
+
+impl Look {
+    fn enough(&self, content: i128, need: i128) -> Result<(), Short> {
+        match need - content {
+            ..=0 => Ok(()),
+            missing => Err(Short {
+                units: u64::try_from(missing).unwrap_or(u64::MAX),
+                at: self.now,
+            }),
+        }
+    }
+}
+
+/// So many units are missing at that time, which is later than the caller's if that lies far behind.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Short {
+    pub(super) units: u64,
+    pub(super) at: Timestamp,
 }
 
 #[cfg(test)]

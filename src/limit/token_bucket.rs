@@ -1,4 +1,4 @@
-use super::bucket::{Bucket, Line};
+use super::bucket::{Bucket, Line, Short};
 use crate::{
     clock::{Timestamp, nanos},
     error::{ConfigError, duration, within},
@@ -117,12 +117,12 @@ pub(super) struct TokenBucketState {
 impl TokenBucketState {
     pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
         let taken = self.bucket.take(&self.line, cost, now);
-        taken.map_err(|missing| self.line.later(now, missing))
+        taken.map_err(|short| self.line.when(short))
     }
 
     pub(super) fn take_in_line(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
         let taken = self.bucket.take_in_line(&self.line, cost, now);
-        taken.map_err(|missing| self.line.later(now, missing))
+        taken.map_err(|short| self.line.when(short))
     }
 
     pub(super) fn give_back(&self, cost: u32, now: Timestamp) {
@@ -134,14 +134,15 @@ impl TokenBucketState {
     }
 
     pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
-        match self.bucket.peek(&self.line, cost, now) {
-            Ok(()) => now,
-            Err(missing) => self.line.later(now, missing),
-        }
+        self.when(self.bucket.peek(&self.line, cost, now), now)
     }
 
     pub(super) fn due(&self, cost: u64, now: Timestamp) -> Timestamp {
-        self.line.later(now, self.bucket.missing(&self.line, cost, now))
+        self.when(self.bucket.peek_in_line(&self.line, cost, now), now)
+    }
+
+    fn when(&self, enough: Result<(), Short>, now: Timestamp) -> Timestamp {
+        enough.map_or_else(|short| self.line.when(short), |()| now)
     }
 
     pub(super) fn tokens(&self, now: Timestamp) -> f64 {
