@@ -696,7 +696,7 @@ fn a_status_read_while_a_bucket_wakes_up_from_a_long_rest_is_not_garbled() {
             garbled
         });
         for number in 1..=ROUNDS {
-            clock.advance(Duration::from_millis(3_000));
+            clock.advance(Duration::from_secs(3));
             round.store(number, Ordering::SeqCst);
             limiter.try_acquire().expect("full");
             wait_for(&read, number);

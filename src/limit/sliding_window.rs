@@ -22,7 +22,7 @@ use std::{
 /// ```
 ///
 /// 8 bytes for each request of the quota, allocated once; an admission takes the same time for a quota of ten and of ten
-/// million, one compare-and-swap and one store for each token it costs.
+/// million, one compare-and-swap and one store for each token it costs. A limiter works for 292 years less one window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SlidingWindow {
     max_requests: u32,
