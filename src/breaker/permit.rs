@@ -15,7 +15,7 @@ use std::{
 
 /// Leave to make one call. Tell it how the call ended with [`settle`](Self::settle).
 ///
-/// Dropped unsettled, the call counts as cancelled, as the config says ([`cancelled`](CircuitBreakerConfig::cancelled)); dropped
+/// Dropped unsettled, the call counts as cancelled, as the config says ([`cancelled`](super::CircuitBreakerConfig::cancelled)); dropped
 /// by a panic, as a failure. Either way a probe's slot is free again.
 ///
 /// ```
