@@ -1,0 +1,132 @@
+//! What is allocated, and what is not: the memory of the parts, and the admit path that allocates nothing.
+
+use allocation_counter::{AllocationInfo, measure};
+use portcullis::{
+    Adaptive, Algorithm, CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, ManualClock, Outcome, RateLimitLayer,
+    RateLimiter, SlidingWindow, TokenBucket, Window,
+};
+use std::{
+    future::{Ready, ready},
+    hint::black_box,
+    pin::pin,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+use tower::{Layer, Service, service_fn};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn limiter(algorithm: impl Into<Algorithm>, clock: &ManualClock) -> RateLimiter {
+    RateLimiter::builder("agent", algorithm).clock(clock).build().unwrap()
+}
+
+/// What `make` leaves allocated, in bytes.
+fn size<T>(make: impl Fn() -> T) -> i64 {
+    // Names, clocks and thread locals of a first time are not part of it.
+    drop(make());
+    let mut kept = None;
+    let info = measure(|| kept = Some(make()));
+    let freed = measure(|| drop(kept.take()));
+    assert_eq!(
+        info.bytes_current, -freed.bytes_current,
+        "the last handle frees everything"
+    );
+    info.bytes_current
+}
+
+#[test]
+fn a_sliding_window_takes_8_bytes_for_each_request_of_its_quota() {
+    let clock = Clock::manual();
+    let window = |n: u32| size(|| limiter(SlidingWindow::new(n, MINUTE), &clock));
+    for n in [1, 100, 10_000, 1_000_000] {
+        assert_eq!(window(2 * n) - window(n), 8 * i64::from(n), "{n} requests more");
+    }
+}
+
+#[test]
+fn use_grows_nothing() {
+    let clock = Clock::manual();
+    let limiters = [
+        limiter(TokenBucket::new(1000, MINUTE), &clock),
+        limiter(SlidingWindow::new(1000, MINUTE), &clock),
+        limiter(Adaptive::new(1000), &clock),
+    ];
+    let breaker = CircuitBreaker::builder("agent")
+        .clock(&clock)
+        .failure_rate(1.0)
+        .window(Window::time(MINUTE))
+        .build()
+        .unwrap();
+    let go = || {
+        for _ in 0..3 {
+            for _ in 0..1000 {
+                for limiter in &limiters {
+                    limiter.try_acquire().unwrap().settle(Outcome::Success);
+                }
+                breaker.try_acquire().unwrap().settle(Outcome::Success);
+            }
+            clock.advance(MINUTE);
+        }
+    };
+    go();
+    assert_eq!(measure(go), AllocationInfo::default(), "after a first round");
+}
+
+fn call<S: Service<u32>>(service: &mut S) -> bool {
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(service.poll_ready(&mut cx).is_ready());
+    matches!(pin!(service.call(1)).poll(&mut cx), Poll::Ready(Ok(_)))
+}
+
+/// Allocations of a hundred calls that are answered so.
+fn allocations<L>(layer: &L, admitted: bool) -> u64
+where
+    L: Layer<tower::util::ServiceFn<fn(u32) -> Ready<Result<u32, std::io::Error>>>>,
+    L::Service: Service<u32>,
+{
+    let mut service = layer.layer(service_fn(|x| ready(Ok(x))));
+    assert_eq!(call(&mut service), admitted);
+    let calls = || (0..100).for_each(|_| assert_eq!(black_box(call(&mut service)), admitted));
+    measure(calls).count_total
+}
+
+#[test]
+fn an_admitted_call_allocates_nothing_and_a_rejected_one_its_boxed_error() {
+    let clock = Clock::manual();
+    let breaker = |rate: Option<f64>| {
+        let builder = CircuitBreaker::builder("agent").clock(&clock);
+        rate.map_or(builder.clone(), |rate| builder.failure_rate(rate))
+            .build()
+            .unwrap()
+    };
+    let plenty = [
+        Algorithm::from(TokenBucket::new(1_000_000, MINUTE)),
+        SlidingWindow::new(1000, MINUTE).into(),
+        Adaptive::new(1_000_000).into(),
+    ];
+    assert_eq!(allocations(&CircuitBreakerLayer::new(breaker(None)), true), 0);
+    assert_eq!(
+        allocations(&CircuitBreakerLayer::new(breaker(Some(0.5))), true),
+        0,
+        "a count window"
+    );
+    for algorithm in plenty {
+        assert_eq!(
+            allocations(&RateLimitLayer::new(limiter(algorithm, &clock)), true),
+            0,
+            "{algorithm:?}"
+        );
+        let pair = (limiter(algorithm, &clock), breaker(None));
+        assert_eq!(
+            allocations(&GuardLayer::new(pair), true),
+            0,
+            "{algorithm:?} and a breaker"
+        );
+    }
+    let open = breaker(None);
+    open.force_open();
+    assert_eq!(allocations(&CircuitBreakerLayer::new(open), false), 100, "one each");
+    let exhausted = limiter(TokenBucket::new(1, MINUTE), &clock);
+    exhausted.try_acquire().unwrap();
+    assert_eq!(allocations(&RateLimitLayer::new(exhausted), false), 100, "one each");
+}
