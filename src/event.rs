@@ -195,6 +195,16 @@ impl Hub {
         drop(before);
     }
 
+    /// Tells every listener of a rejection.
+    pub(crate) fn rejected(&self, why: &Rejected, at: impl FnOnce() -> Timestamp) {
+        self.emit(|| Event {
+            service: why.service.clone(),
+            limit: why.limit.clone(),
+            at: at(),
+            kind: EventKind::Rejected(why.clone()),
+        });
+    }
+
     /// Tells every listener. `event` is made only if there is somebody to tell.
     pub(crate) fn emit(&self, event: impl FnOnce() -> Event) {
         if cfg!(not(feature = "tracing")) && self.count.load(Ordering::Acquire) == 0 {

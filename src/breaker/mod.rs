@@ -364,12 +364,7 @@ impl CircuitBreaker {
             },
             1,
         );
-        stripe.hub.emit(|| Event {
-            service: why.service.clone(),
-            limit: None,
-            at: now.at(&stripe.clock),
-            kind: EventKind::Rejected(why.clone()),
-        });
+        stripe.hub.rejected(why, || now.at(&stripe.clock));
     }
 
     /// The refusal that the next call would meet, without taking anything.

@@ -305,12 +305,7 @@ impl RateLimiter {
             },
             1,
         );
-        stripe.hub.emit(|| Event {
-            service: why.service.clone(),
-            limit: why.limit.clone(),
-            at: now.at(&stripe.clock),
-            kind: EventKind::Rejected(why.clone()),
-        });
+        stripe.hub.rejected(why, || now.at(&stripe.clock));
     }
 
     /// The refusal that the next call of this cost would meet, without taking anything.

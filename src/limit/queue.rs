@@ -2,7 +2,8 @@
 //!
 //! Nobody is in charge of the queue: whoever comes by with the time (a waiter whose timer fired, a caller that tries) serves it
 //! from the front as far as the limiter admits, under one mutex. Served waiters find their admission laid out for them. So one
-//! tick of the timer serves all that are due, and a waiter that is woken and not polled holds up nobody.
+//! tick of the timer serves all that are due, and a waiter that is woken and not polled holds up nobody, but that a sliding
+//! window counts its admission from when others served it.
 
 use super::algorithm::Admission;
 use crate::clock::Timestamp;
