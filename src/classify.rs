@@ -8,15 +8,14 @@
 use crate::{
     clock::Reading,
     permit::{Outcome, Permit, Verdict},
-    sealed::Sealed,
 };
 use std::any::Any;
 
 /// Judges how a call ended. Sees the request before it goes out and the result when it is there; may keep the permit in the
 /// response and settle it later.
 ///
-/// Sealed for now; closures and [`ErrorsAreFailures`] implement it.
-pub trait Classify<Req, Res, Err>: Sealed {
+/// Closures and [`ErrorsAreFailures`] implement it.
+pub trait Classify<Req, Res, Err> {
     /// What is kept of the request while the call runs.
     type Seen;
     /// The response as it leaves: the inner one, or the inner one with the permit in it.
@@ -60,8 +59,6 @@ pub trait Classify<Req, Res, Err>: Sealed {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ErrorsAreFailures;
 
-impl Sealed for ErrorsAreFailures {}
-
 // `Any` is `'static` and no more. Written as `'static`, rustc (1.95 at least) forgets between incremental builds how it judged the
 // bound, and breaks off with "unstable fingerprints" once a guard is the fallback of another and their crate is edited.
 impl<Req, Res, Err: Any> Classify<Req, Res, Err> for ErrorsAreFailures {
@@ -85,8 +82,6 @@ impl<Req, Res, Err: Any> Classify<Req, Res, Err> for ErrorsAreFailures {
 /// A classifier of the whole result: from [`GuardLayer::classify`](crate::GuardLayer::classify).
 #[derive(Debug, Clone, Copy)]
 pub struct ByResult<F>(pub(crate) F);
-
-impl<F> Sealed for ByResult<F> {}
 
 impl<F, V, Req, Res, Err> Classify<Req, Res, Err> for ByResult<F>
 where
@@ -117,8 +112,6 @@ where
 /// [`GuardLayer::classify_error`](crate::GuardLayer::classify_error).
 #[derive(Debug, Clone, Copy)]
 pub struct ByError<F>(pub(crate) F);
-
-impl<F> Sealed for ByError<F> {}
 
 impl<F, V, Req, Res, Err> Classify<Req, Res, Err> for ByError<F>
 where

@@ -6,7 +6,7 @@ use crate::{
     clock::Reading,
     limit::RateLimiter,
     permit::{Outcome, Verdict, Watch},
-    policy::{Admit, Gate, Hold, Policy, Waiting},
+    policy::{Admit, Gate, Hold, Policy, Readiness, Waiting},
     reject::{AsError, Fallback, FallbackWith, Reject},
     rejected::Rejected,
 };
@@ -15,7 +15,7 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 use tower_layer::Layer;
@@ -82,7 +82,7 @@ pub struct GuardLayer<P, C = ErrorsAreFailures, R = AsError> {
 /// assert_eq!(service.oneshot(()).await?, 503, "an answer that counts as a failure");
 /// # Ok(()) }
 /// ```
-pub type CircuitBreakerLayer<C = ErrorsAreFailures, R = AsError> = GuardLayer<CircuitBreaker, C, R>;
+pub type CircuitBreakerLayer<C = ErrorsAreFailures, R = AsError, P = CircuitBreaker> = GuardLayer<P, C, R>;
 
 /// Limits how often a service is called: a [`GuardLayer`] with a [`RateLimiter`].
 ///
@@ -101,7 +101,7 @@ pub type CircuitBreakerLayer<C = ErrorsAreFailures, R = AsError> = GuardLayer<Ci
 /// assert!(Rejected::find(&*error).unwrap().retry_after.is_some());
 /// # Ok(()) }
 /// ```
-pub type RateLimitLayer<C = ErrorsAreFailures, R = AsError> = GuardLayer<RateLimiter, C, R>;
+pub type RateLimitLayer<C = ErrorsAreFailures, R = AsError, P = RateLimiter> = GuardLayer<P, C, R>;
 
 impl<P> GuardLayer<P> {
     /// A layer with this policy, in which errors are failures and rejections are errors.
@@ -225,7 +225,15 @@ impl<P, C, R> GuardLayer<P, C, R> {
         self.reject_with(FallbackWith(answer))
     }
 
-    fn reject_with<R2>(self, reject: R2) -> GuardLayer<P, C, R2> {
+    /// Answers rejected requests with a rejecter type.
+    ///
+    /// ```
+    /// # use portcullis::{AsError, CircuitBreaker, CircuitBreakerLayer};
+    /// # let breaker = CircuitBreaker::builder("search").build()?;
+    /// let layer = CircuitBreakerLayer::new(breaker).reject_with(AsError);
+    /// # Ok::<(), portcullis::ConfigError>(())
+    /// ```
+    pub fn reject_with<R2>(self, reject: R2) -> GuardLayer<P, C, R2> {
         GuardLayer {
             policy: self.policy,
             classify: self.classify,
@@ -234,7 +242,7 @@ impl<P, C, R> GuardLayer<P, C, R> {
     }
 }
 
-impl<C, R> GuardLayer<RateLimiter, C, R> {
+impl<L: Gate<Reserved = ()>, C, R> GuardLayer<L, C, R> {
     /// Lets calls wait their turn for up to `max_wait`, inside the response future, instead of rejecting them. A call that
     /// cannot be served in that time is rejected at once.
     ///
@@ -255,7 +263,7 @@ impl<C, R> GuardLayer<RateLimiter, C, R> {
     /// }
     /// # Ok(()) }
     /// ```
-    pub fn wait(self, max_wait: Duration) -> GuardLayer<Waiting, C, R> {
+    pub fn wait(self, max_wait: Duration) -> GuardLayer<Waiting<L>, C, R> {
         GuardLayer {
             policy: Waiting::new(self.policy, max_wait),
             classify: self.classify,
@@ -365,9 +373,13 @@ where
             Ready::Reserving(held) | Ready::Yes(held) => Some(held),
             Ready::No | Ready::Refused(_) => None,
         };
-        let reserved = match self.layer.policy.reserve(held, &now) {
-            Ok(reserved) => reserved,
-            Err(why) => {
+        let reserved = match self.layer.policy.reserve(held, &now, cx) {
+            Readiness::Ready(reserved) => reserved,
+            Readiness::Pending(reserved) => {
+                self.ready = Ready::Reserving(reserved);
+                return Poll::Pending;
+            }
+            Readiness::Rejected(why) => {
                 self.ready = Ready::Refused(why);
                 return Poll::Ready(Ok(()));
             }
@@ -389,7 +401,7 @@ where
             Poll::Ready(Err(error)) => {
                 let (verdict, error) = self.layer.classify.unready(error);
                 self.layer.policy.unready(readying.done(), verdict, &now);
-                Poll::Ready(R::pass(Err(error)).map(|_| ()))
+                Poll::Ready(Err(R::error(error)))
             }
         }
     }
@@ -397,12 +409,23 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         let layer = &self.layer;
         let now = Reading::new();
+        let reserve = || {
+            layer
+                .policy
+                .reserve(None, &now, &mut Context::from_waker(Waker::noop()))
+        };
         let reserved = match std::mem::replace(&mut self.ready, Ready::No) {
             // Called unready, which tower forbids: the inner service will say so, but the policy holds.
             Ready::Yes(reserved) | Ready::Reserving(reserved) => Ok(reserved),
-            Ready::No => layer.policy.reserve(None, &now),
+            Ready::No => match reserve() {
+                Readiness::Ready(reserved) | Readiness::Pending(reserved) => Ok(reserved),
+                Readiness::Rejected(why) => Err(why),
+            },
             // The refusal is told as it is now, not as it was when the service was readied.
-            Ready::Refused(why) => Err(layer.policy.reserve(None, &now).err().unwrap_or_else(|| why.due())),
+            Ready::Refused(why) => Err(match reserve() {
+                Readiness::Rejected(why) => why,
+                Readiness::Ready(_) | Readiness::Pending(_) => why.due(),
+            }),
         };
         let admit = match reserved {
             Ok(reserved) => layer.policy.admit(reserved, &request, &now),
@@ -413,13 +436,13 @@ where
         };
         let state = match admit {
             Admit::Now(permit) => {
-                let seen = Some(layer.classify.see(&request));
+                let kept = Some((layer.classify.see(&request), layer.reject.admitted(&request)));
                 let inner = &mut self.inner;
                 let watch = Watch::start(permit, || inner.call(request));
-                State::Called { watch, seen }
+                State::Called { watch, kept }
             }
             Admit::Later(wait) => State::Waiting {
-                seen: Some(layer.classify.see(&request)),
+                kept: Some((layer.classify.see(&request), layer.reject.admitted(&request))),
                 held: Some(wait.hold(&mut self.inner, request)),
                 wait,
                 reject: layer.reject.clone(),
@@ -432,6 +455,18 @@ where
     }
 }
 
+/// What the classifier and the rejecter keep of a request while its call runs.
+type Kept<S, P, C, R, Req> = (
+    Seen<S, C, Req>,
+    <R as Reject<
+        Req,
+        <S as Service<Req>>::Response,
+        <C as Classify<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Response<
+            <P as Policy<Req>>::Permit,
+        >,
+        <S as Service<Req>>::Error,
+    >>::Pass,
+);
 type Seen<S, C, Req> = <C as Classify<Req, <S as Service<Req>>::Response, <S as Service<Req>>::Error>>::Seen;
 
 pin_project! {
@@ -445,15 +480,15 @@ pin_project! {
         R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
     {
         #[pin]
-        state: State<S::Future, P::Permit, Seen<S, C, Req>, P::Wait, <P::Wait as Hold<S, Req>>::Held, R, R::Future>,
+        state: State<S::Future, P::Permit, Kept<S, P, C, R, Req>, P::Wait, <P::Wait as Hold<S, Req>>::Held, R, R::Future>,
     }
 }
 
 pin_project! {
     #[project = Projection]
-    enum State<F, P: crate::permit::Permit, N, W, H, R, RF> {
-        Called { #[pin] watch: Watch<F, P>, seen: Option<N> },
-        Waiting { #[pin] wait: W, held: Option<H>, seen: Option<N>, reject: R },
+    enum State<F, P: crate::permit::Permit, K, W, H, R, RF> {
+        Called { #[pin] watch: Watch<F, P>, kept: Option<K> },
+        Waiting { #[pin] wait: W, held: Option<H>, kept: Option<K>, reject: R },
         Rejected { #[pin] future: RF },
     }
 }
@@ -491,15 +526,17 @@ where
         let mut state = self.project().state;
         loop {
             let next = match state.as_mut().project() {
-                Projection::Called { watch, seen } => {
+                Projection::Called { watch, kept } => {
                     let (result, permit) = ready!(watch.poll(cx));
-                    let seen = seen.take().expect(ONCE);
-                    return Poll::Ready(R::pass(C::finish(seen, result, permit, &Reading::new())));
+                    let (seen, mut pass) = kept.take().expect(ONCE);
+                    let now = Reading::new();
+                    R::tell(&mut pass, &permit, &now);
+                    return Poll::Ready(R::pass(pass, C::finish(seen, result, permit, &now)));
                 }
                 Projection::Waiting {
                     wait,
                     held,
-                    seen,
+                    kept,
                     reject,
                 } => {
                     let admitted = ready!(wait.poll(cx));
@@ -507,7 +544,7 @@ where
                     match admitted {
                         Ok(permit) => State::Called {
                             watch: Watch::start(permit, || P::Wait::call(held)),
-                            seen: seen.take(),
+                            kept: kept.take(),
                         },
                         Err(why) => State::Rejected {
                             future: reject.reject(P::Wait::request(held), why),

@@ -27,6 +27,7 @@ mod error;
 mod event;
 mod name;
 mod numbers;
+mod quota;
 mod state;
 mod stripe;
 mod subscribe;
@@ -49,6 +50,7 @@ pub use crate::{
     metrics::MetricsFormat,
     name::Name,
     permit::{Outcome, Verdict},
+    quota::Quota,
     registry::{Registrable, Registry, RegistryError},
     reject::AsError,
     rejected::{BoxError, Error, Reason, Rejected},
@@ -60,8 +62,3 @@ pub use crate::{
 #[cfg(feature = "http")]
 #[doc(inline)]
 pub use crate::http::{Admin, AdminFuture};
-
-mod sealed {
-    /// Keeps the traits closed while the integrations that stand on them are being built.
-    pub trait Sealed {}
-}

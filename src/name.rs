@@ -42,6 +42,14 @@ impl Name {
     }
 }
 
+impl TryFrom<&str> for Name {
+    type Error = ConfigError;
+    /// For a policy of your own; the builders of this crate take text.
+    fn try_from(name: &str) -> Result<Self, ConfigError> {
+        Self::new("name", name)
+    }
+}
+
 impl Deref for Name {
     type Target = str;
     fn deref(&self) -> &str {

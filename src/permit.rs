@@ -1,5 +1,6 @@
 use crate::{
     clock::Reading,
+    quota::Quota,
     rejected::{Error, Rejected},
 };
 use pin_project_lite::pin_project;
@@ -121,15 +122,48 @@ impl From<Outcome> for Verdict {
 
 /// Leave to make one call. Every permit ends in exactly one of three ways; dropping it is the second.
 ///
-/// Sealed for now: [`CircuitBreakerPermit`](crate::CircuitBreakerPermit), [`RateLimitPermit`](crate::RateLimitPermit) and pairs
-/// of permits implement it.
-pub trait Permit: Sized + crate::sealed::Sealed {
+/// `()` is a permit with nothing to settle, `Option` one that may be absent, and a pair of permits is one.
+pub trait Permit: Sized {
     /// The call ended, and this is how.
     fn settle(self, verdict: Verdict, now: &Reading);
-    /// The call was begun and abandoned: nobody waits for its result any more.
-    fn cancel(self, now: &Reading);
+    /// The call was begun and abandoned: nobody waits for its result any more. `cost` is what it had cost until then, where
+    /// that is known.
+    fn cancel(self, cost: Option<u32>, now: &Reading);
     /// The call was never begun. What the permit took is given back as if it had not been asked for.
     fn unused(self, now: &Reading);
+    /// Tells the quotas of the limits that the call has passed, as they stand now. Default: there are none.
+    fn quotas(&self, now: &Reading, tell: &mut dyn FnMut(Quota)) {
+        let _ = (now, tell);
+    }
+}
+
+impl Permit for () {
+    fn settle(self, _: Verdict, _: &Reading) {}
+    fn cancel(self, _: Option<u32>, _: &Reading) {}
+    fn unused(self, _: &Reading) {}
+}
+
+impl<P: Permit> Permit for Option<P> {
+    fn settle(self, verdict: Verdict, now: &Reading) {
+        if let Some(permit) = self {
+            permit.settle(verdict, now);
+        }
+    }
+    fn cancel(self, cost: Option<u32>, now: &Reading) {
+        if let Some(permit) = self {
+            permit.cancel(cost, now);
+        }
+    }
+    fn unused(self, now: &Reading) {
+        if let Some(permit) = self {
+            permit.unused(now);
+        }
+    }
+    fn quotas(&self, now: &Reading, tell: &mut dyn FnMut(Quota)) {
+        if let Some(permit) = self {
+            permit.quotas(now, tell);
+        }
+    }
 }
 
 impl<A: Permit, B: Permit> Permit for (A, B) {
@@ -137,23 +171,27 @@ impl<A: Permit, B: Permit> Permit for (A, B) {
         self.0.settle(verdict, now);
         self.1.settle(verdict, now);
     }
-    fn cancel(self, now: &Reading) {
-        self.0.cancel(now);
-        self.1.cancel(now);
+    fn cancel(self, cost: Option<u32>, now: &Reading) {
+        self.0.cancel(cost, now);
+        self.1.cancel(cost, now);
     }
     fn unused(self, now: &Reading) {
         self.0.unused(now);
         self.1.unused(now);
     }
+    fn quotas(&self, now: &Reading, tell: &mut dyn FnMut(Quota)) {
+        self.0.quotas(now, tell);
+        self.1.quotas(now, tell);
+    }
 }
 
 /// A permit in charge of a running call: dropped, the call was cancelled.
-struct Held<P: Permit>(Option<P>);
+pub(crate) struct Held<P: Permit>(pub(crate) Option<P>);
 
 impl<P: Permit> Drop for Held<P> {
     fn drop(&mut self) {
         if let Some(permit) = self.0.take() {
-            permit.cancel(&Reading::new());
+            permit.cancel(None, &Reading::new());
         }
     }
 }
@@ -171,7 +209,8 @@ impl<P: Permit> Drop for OnUnwind<'_, P> {
 }
 
 impl<P: Permit> Held<P> {
-    fn failing_on_unwind<T>(&mut self, step: impl FnOnce() -> T) -> T {
+    /// Runs a step; a panic in it fails the permit.
+    pub(crate) fn failing_on_unwind<T>(&mut self, step: impl FnOnce() -> T) -> T {
         let unwind = OnUnwind(self);
         let done = step();
         std::mem::forget(unwind);

@@ -8,8 +8,9 @@
 //! With a fallback the inner service's error type stays as it is.
 
 use crate::{
+    clock::Reading,
+    permit::Permit,
     rejected::{BoxError, Rejected},
-    sealed::Sealed,
 };
 use pin_project_lite::pin_project;
 use std::{
@@ -23,8 +24,8 @@ use tower_service::Service;
 
 /// Answers for a call that was rejected. `Raw` is the inner service's response, `Res` what the classifier made of it.
 ///
-/// Sealed for now; [`AsError`], [`Fallback`] and [`FallbackWith`] implement it.
-pub trait Reject<Req, Raw, Res, Err>: Sealed {
+/// [`AsError`], [`Fallback`] and [`FallbackWith`] implement it.
+pub trait Reject<Req, Raw, Res, Err> {
     /// The response of the guarded service.
     type Response;
     /// The error of the guarded service.
@@ -32,15 +33,30 @@ pub trait Reject<Req, Raw, Res, Err>: Sealed {
     /// Comes to the answer.
     type Future: Future<Output = Result<Self::Response, Self::Error>>;
 
+    /// What is kept of the request while an admitted call runs.
+    type Pass;
+
     /// Answers a rejected request.
     fn reject(&self, request: Req, why: Rejected) -> Self::Future;
+
+    /// Looks at a request that was admitted and is about to go out.
+    fn admitted(&self, request: &Req) -> Self::Pass;
+
+    /// Looks at the permit before it is settled: it tells the quotas of the limits that the call has passed. Default: does
+    /// nothing.
+    fn tell(pass: &mut Self::Pass, permit: &impl Permit, now: &Reading) {
+        let _ = (pass, permit, now);
+    }
 
     /// Passes on the result of a call that was made.
     ///
     /// # Errors
     ///
     /// The inner service's error, as it is or boxed.
-    fn pass(result: Result<Res, Err>) -> Result<Self::Response, Self::Error>;
+    fn pass(pass: Self::Pass, result: Result<Res, Err>) -> Result<Self::Response, Self::Error>;
+
+    /// Passes on an error of the inner service's `poll_ready`.
+    fn error(error: Err) -> Self::Error;
 }
 
 /// Rejections are errors, among the inner service's errors in a [`BoxError`].
@@ -61,12 +77,11 @@ pub trait Reject<Req, Raw, Res, Err>: Sealed {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct AsError;
 
-impl Sealed for AsError {}
-
 impl<Req, Raw, Res, Err: Into<BoxError>> Reject<Req, Raw, Res, Err> for AsError {
     type Response = Res;
     type Error = BoxError;
     type Future = Refusal<Res>;
+    type Pass = ();
 
     fn reject(&self, _: Req, why: Rejected) -> Self::Future {
         Refusal {
@@ -75,8 +90,14 @@ impl<Req, Raw, Res, Err: Into<BoxError>> Reject<Req, Raw, Res, Err> for AsError 
         }
     }
 
-    fn pass(result: Result<Res, Err>) -> Result<Res, BoxError> {
+    fn admitted(&self, _: &Req) {}
+
+    fn pass((): (), result: Result<Res, Err>) -> Result<Res, BoxError> {
         result.map_err(Into::into)
+    }
+
+    fn error(error: Err) -> BoxError {
+        error.into()
     }
 }
 
@@ -111,8 +132,6 @@ impl<T> Lift<T> for T {
 #[derive(Debug, Clone)]
 pub struct Fallback<F>(pub(crate) F);
 
-impl<F> Sealed for Fallback<F> {}
-
 impl<F, Req, Raw, Res, Err> Reject<Req, Raw, Res, Err> for Fallback<F>
 where
     F: Service<Req, Response = Raw> + Clone,
@@ -122,6 +141,7 @@ where
     type Response = Res;
     type Error = Err;
     type Future = FallbackFuture<F, Req, Res, Err>;
+    type Pass = ();
 
     fn reject(&self, request: Req, _: Rejected) -> Self::Future {
         FallbackFuture {
@@ -133,8 +153,14 @@ where
         }
     }
 
-    fn pass(result: Result<Res, Err>) -> Result<Res, Err> {
+    fn admitted(&self, _: &Req) {}
+
+    fn pass((): (), result: Result<Res, Err>) -> Result<Res, Err> {
         result
+    }
+
+    fn error(error: Err) -> Err {
+        error
     }
 }
 
@@ -191,8 +217,6 @@ where
 #[derive(Debug, Clone)]
 pub struct FallbackWith<F>(pub(crate) F);
 
-impl<F> Sealed for FallbackWith<F> {}
-
 impl<F, Fut, Req, Raw, Res, Err> Reject<Req, Raw, Res, Err> for FallbackWith<F>
 where
     F: Fn(Req, Rejected) -> Fut,
@@ -202,6 +226,7 @@ where
     type Response = Res;
     type Error = Err;
     type Future = FallbackWithFuture<Fut, Res>;
+    type Pass = ();
 
     fn reject(&self, request: Req, why: Rejected) -> Self::Future {
         FallbackWithFuture {
@@ -210,8 +235,14 @@ where
         }
     }
 
-    fn pass(result: Result<Res, Err>) -> Result<Res, Err> {
+    fn admitted(&self, _: &Req) {}
+
+    fn pass((): (), result: Result<Res, Err>) -> Result<Res, Err> {
         result
+    }
+
+    fn error(error: Err) -> Err {
+        error
     }
 }
 

@@ -1,4 +1,7 @@
-use crate::name::Name;
+use crate::{
+    name::Name,
+    quota::{Advertised, Quota},
+};
 use std::{any::Any, error::Error as StdError, fmt, io, sync::Arc, time::Duration};
 
 /// The error type of a tower middleware that may add errors of its own, as in tower itself.
@@ -34,6 +37,15 @@ pub struct Rejected {
     /// How long until the policy would admit the same call from a caller alone. `None` when no time can be told: the circuit
     /// is forced open, or the cost can never be met.
     pub retry_after: Option<Duration>,
+    /// What the limit admits and what is left of it.
+    pub(crate) told: Option<Told>,
+}
+
+/// What a rejection knows of its limit's quota.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Told {
+    pub(crate) of: Advertised,
+    pub(crate) remaining: u32,
 }
 
 /// Why a call was rejected.
@@ -60,6 +72,10 @@ pub enum Reason {
         /// The most that the limit admits at once.
         burst: u32,
     },
+    /// The request does not carry the key by which the limit tells callers apart, and the limit does not admit such requests.
+    MissingKey,
+    /// A policy of your own refused.
+    Other,
 }
 
 impl Reason {
@@ -72,6 +88,8 @@ impl Reason {
             Self::ForcedOpen => "forced_open",
             Self::OverLimit => "over_limit",
             Self::CostExceedsBurst { .. } => "cost_exceeds_burst",
+            Self::MissingKey => "missing_key",
+            Self::Other => "other",
         }
     }
 }
@@ -85,6 +103,7 @@ impl fmt::Display for Reason {
 impl fmt::Display for Rejected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.limit {
+            None if self.reason == Reason::Other => write!(f, "policy {:?} ", self.service)?,
             None => write!(f, "circuit breaker {:?} ", self.service)?,
             Some(limit) => write!(f, "rate limit {limit:?} of {:?} ", self.service)?,
         }
@@ -96,6 +115,8 @@ impl fmt::Display for Rejected {
             Reason::CostExceedsBurst { cost, burst } => {
                 write!(f, "admits at most {burst} at once and was asked for {cost}")?;
             }
+            Reason::MissingKey => f.write_str("needs a key that the request does not carry")?,
+            Reason::Other => f.write_str("refuses")?,
         }
         match self.retry_after {
             // For people: rounded up to the millisecond, so that it is never too early. The field is exact.
@@ -111,6 +132,59 @@ impl fmt::Display for Rejected {
 impl StdError for Rejected {}
 
 impl Rejected {
+    /// A rejection by a policy of your own, in the name of a service. See [`policy`](crate::policy) for such a policy.
+    ///
+    /// ```
+    /// use portcullis::{Name, Reason, Rejected};
+    /// use std::time::Duration;
+    ///
+    /// let closed = Rejected::new(Name::try_from("shop")?, Reason::Other).retry_after(Duration::from_secs(600));
+    /// assert_eq!(closed.to_string(), r#"policy "shop" refuses; retry after 600s"#);
+    /// # Ok::<(), portcullis::ConfigError>(())
+    /// ```
+    #[must_use]
+    pub fn new(service: Name, reason: Reason) -> Self {
+        Self {
+            service,
+            limit: None,
+            reason,
+            retry_after: None,
+            told: None,
+        }
+    }
+
+    /// Names the limit that refused: then it is a limit's rejection, and an HTTP answer is a 429.
+    #[must_use]
+    pub fn limit(mut self, limit: Name) -> Self {
+        self.limit = Some(limit);
+        self
+    }
+
+    /// Tells when the same call would be admitted.
+    #[must_use]
+    pub fn retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
+    }
+
+    /// What the limit that refused admits, and what is left of it; `None` for a breaker.
+    ///
+    /// ```
+    /// # use portcullis::{RateLimiter, TokenBucket};
+    /// # use std::time::Duration;
+    /// let limiter = RateLimiter::new("search", TokenBucket::new(1, Duration::from_secs(60)))?;
+    /// limiter.try_acquire()?;
+    /// let quota = limiter.try_acquire().unwrap_err().quota().unwrap();
+    /// assert_eq!((quota.quota, quota.remaining, quota.reset), (1, 0, Duration::from_secs(60)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn quota(&self) -> Option<Quota> {
+        let Told { of, remaining } = self.told?;
+        let wait = self.retry_after.unwrap_or_default();
+        Some(of.quota(self.limit.clone()?, remaining.into(), wait))
+    }
+
     /// Finds the rejection inside an error, however deep middleware has wrapped it.
     ///
     /// Follows `source()`, and looks into what `source()` chains skip: the inside of an [`io::Error`], an `Arc<dyn Error>`, and a

@@ -257,6 +257,7 @@ impl Core {
             limit: None,
             reason,
             retry_after: until.zip(now).map(|(until, now)| until.duration_since(now)),
+            told: None,
         }
     }
 }

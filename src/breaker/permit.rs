@@ -6,7 +6,6 @@ use super::{
 use crate::{
     clock::{Reading, Timestamp},
     permit::{Outcome, Permit, Verdict},
-    sealed::Sealed,
 };
 use std::{
     fmt,
@@ -133,13 +132,11 @@ enum End {
     Cancelled,
 }
 
-impl Sealed for CircuitBreakerPermit {}
-
 impl Permit for CircuitBreakerPermit {
     fn settle(mut self, verdict: Verdict, now: &Reading) {
         self.end(End::Verdict(verdict), now);
     }
-    fn cancel(mut self, now: &Reading) {
+    fn cancel(mut self, _: Option<u32>, now: &Reading) {
         self.end(End::Cancelled, now);
     }
     fn unused(mut self, now: &Reading) {

@@ -191,7 +191,7 @@ impl Future for Acquire {
                 }
                 Look::Refused { until } => {
                     *this.place = None;
-                    let why = core.over_limit(until, now);
+                    let why = core.over_limit(*this.cost, until, now);
                     this.limiter.count(&why, &reading);
                     return Poll::Ready(Err(why));
                 }

@@ -487,6 +487,11 @@ impl AdaptiveState {
         enough.map_or_else(|short| self.when(short), |()| now)
     }
 
+    pub(super) fn full_again(&self, now: Timestamp) -> Timestamp {
+        let full = self.bucket.peek_full(&self.line(now), now);
+        full.map_or_else(|short| self.when(short), |()| now)
+    }
+
     pub(super) fn tokens(&self, now: Timestamp) -> f64 {
         self.bucket.tokens(&self.line(now), now)
     }

@@ -4,7 +4,12 @@ use super::{
     Adaptive, SlidingWindow, TokenBucket, adaptive::AdaptiveState, adaptive::Moved, sliding_window,
     sliding_window::SlidingWindowState, token_bucket::TokenBucketState,
 };
-use crate::{clock::Timestamp, error::ConfigError, permit::Outcome};
+use crate::{
+    clock::{Timestamp, nanos},
+    error::ConfigError,
+    permit::Outcome,
+    quota::Advertised,
+};
 
 /// How a [`RateLimiter`](super::RateLimiter) limits. Made by `From` of each algorithm's settings.
 ///
@@ -229,6 +234,31 @@ impl State {
         }
     }
 
+    /// When everything is there, if nothing more is used; now or later.
+    pub(super) fn full_again(&self, now: Timestamp) -> Timestamp {
+        match self {
+            Self::TokenBucket(state) => state.full_again(now),
+            Self::SlidingWindow(state) => state.full_again(now),
+            Self::Adaptive(state) => state.full_again(now),
+        }
+    }
+
+    /// What clients are told of the limit. Where the burst is not what a window brings, the burst, and how long it takes to come.
+    pub(super) fn advertised(&self, algorithm: &Algorithm, now: Timestamp) -> Advertised {
+        let burst = algorithm.largest();
+        let window = match algorithm {
+            Algorithm::SlidingWindow(config) => nanos(config.window()).into(),
+            Algorithm::TokenBucket(config) => {
+                (u128::from(nanos(config.period())) * u128::from(burst)).div_ceil(config.limit().into())
+            }
+            Algorithm::Adaptive(config) => {
+                let rate = self.adaptive_rate(now).unwrap_or(config.base_rate().into());
+                whole(config.period().as_nanos() as f64 * f64::from(burst) / rate)
+            }
+        };
+        Advertised::new(burst, window)
+    }
+
     /// The adaptive rate now.
     pub(super) fn adaptive_rate(&self, now: Timestamp) -> Option<f64> {
         match self {
@@ -236,4 +266,13 @@ impl State {
             Self::TokenBucket(_) | Self::SlidingWindow(_) => None,
         }
     }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "positive, and far below what the type holds"
+)]
+fn whole(nanos: f64) -> u128 {
+    nanos.ceil() as u128
 }

@@ -238,6 +238,12 @@ impl Bucket {
         look.enough(look.content.min(self.burst).into(), self.units(cost).into())
     }
 
+    /// What is missing to a full bucket.
+    pub(super) fn peek_full(&self, line: &Line, now: Timestamp) -> Result<(), Short> {
+        let look = self.look(line, now);
+        look.enough(look.content.into(), self.burst.into())
+    }
+
     /// What is missing for a line of waiters that cost so much together, one after the other.
     pub(super) fn peek_in_line(&self, line: &Line, cost: u64, now: Timestamp) -> Result<(), Short> {
         let look = self.look(line, now);

@@ -22,8 +22,8 @@ use crate::{
     event::{Event, EventKind, Hub, Listener, ListenerId},
     name::Name,
     permit::{self, Outcome, Permit, Verdict},
-    rejected::{Error, Reason, Rejected},
-    sealed::Sealed,
+    quota::Quota,
+    rejected::{Error, Reason, Rejected, Told},
     stripe::{Stripe, Striped},
     subscribe::Events,
 };
@@ -174,6 +174,19 @@ impl Core {
         }
     }
 
+    /// Corrects what was reserved to what the call cost in truth, where that is known.
+    fn correct(&self, reserved: u32, cost: Option<u32>, now: &Reading) {
+        let Some(cost) = cost.filter(|cost| *cost != reserved) else {
+            return;
+        };
+        let now = now.at(&self.clock);
+        self.roll(now);
+        // Who is due is served first: a correction lets overflow what came while they waited.
+        self.serve(now);
+        self.state.correct(reserved, cost, now);
+        self.serve(now);
+    }
+
     fn learn(&self, outcome: Outcome, now: &Reading) {
         if self.state.learns() {
             self.roll(now.at(&self.clock));
@@ -190,17 +203,44 @@ impl Core {
         });
     }
 
-    fn rejected(&self, reason: Reason, retry_after: Option<Duration>) -> Rejected {
+    fn rejected(&self, reason: Reason, retry_after: Option<Duration>, told: Option<Told>) -> Rejected {
         Rejected {
             service: self.service.clone(),
             limit: Some(self.limit.clone()),
             reason,
             retry_after,
+            told,
         }
     }
 
-    fn over_limit(&self, until: Timestamp, now: Timestamp) -> Rejected {
-        self.rejected(Reason::OverLimit, Some(until.duration_since(now)))
+    /// A call of this cost is refused until then.
+    fn over_limit(&self, cost: u32, until: Timestamp, now: Timestamp) -> Rejected {
+        let told = Told {
+            of: self.state.advertised(&self.algorithm, now),
+            // Where one request is refused nothing is left.
+            remaining: if cost > 1 { self.whole_available(now) } else { 0 },
+        };
+        self.rejected(Reason::OverLimit, Some(until.duration_since(now)), Some(told))
+    }
+
+    /// What is there now for somebody who comes, in requests.
+    fn available(&self, now: Timestamp) -> f64 {
+        (self.state.available(now) - self.queue.cost() as f64).max(0.0)
+    }
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "between nothing and the burst, which is an u32"
+    )]
+    fn whole_available(&self, now: Timestamp) -> u32 {
+        self.available(now) as u32
+    }
+
+    fn quota(&self, now: Timestamp) -> Quota {
+        let reset = self.state.full_again(now).duration_since(now);
+        let advertised = self.state.advertised(&self.algorithm, now);
+        advertised.quota(self.limit.clone(), self.whole_available(now).into(), reset)
     }
 
     /// Refuses a cost that no wait could meet.
@@ -209,7 +249,12 @@ impl Core {
         if cost <= burst {
             return Ok(());
         }
-        Err(self.rejected(Reason::CostExceedsBurst { cost, burst }, None))
+        let now = self.clock.now();
+        let told = Told {
+            of: self.state.advertised(&self.algorithm, now),
+            remaining: self.whole_available(now),
+        };
+        Err(self.rejected(Reason::CostExceedsBurst { cost, burst }, None, Some(told)))
     }
 }
 
@@ -280,7 +325,7 @@ impl RateLimiter {
         };
         match taken {
             Ok(admission) => Ok(self.permit(admission, cost)),
-            Err(until) => Err(core.over_limit(until, now)),
+            Err(until) => Err(core.over_limit(cost, until, now)),
         }
     }
 
@@ -323,7 +368,7 @@ impl RateLimiter {
             0 => core.state.peek(cost, now),
             _ => core.state.due(waiting + u64::from(cost), now),
         };
-        (now < until).then(|| core.over_limit(until, now))
+        (now < until).then(|| core.over_limit(cost, until, now))
     }
 
     /// Waits in line for leave to make one call, for as long as it takes.
@@ -456,6 +501,12 @@ impl RateLimiter {
         self.shared.algorithm
     }
 
+    /// What a client is told of this limit: in `RateLimit` headers, say.
+    #[must_use]
+    pub fn quota(&self) -> Quota {
+        self.shared.quota(self.clock().now())
+    }
+
     /// Everything there is to see, at one moment. Reading changes nothing.
     #[must_use]
     pub fn status(&self) -> RateLimiterStatus {
@@ -545,30 +596,25 @@ impl RateLimitPermit {
     }
 }
 
-impl Sealed for RateLimitPermit {}
-
 impl Permit for RateLimitPermit {
     fn settle(mut self, verdict: Verdict, now: &Reading) {
         let Some(stripe) = self.stripe.take() else {
             return;
         };
-        let core: &Core = &stripe;
-        if let Some(cost) = verdict.cost
-            && cost != self.cost
-        {
-            let now = now.at(&core.clock);
-            core.roll(now);
-            // Who is due is served first: a correction lets overflow what came while they waited.
-            core.serve(now);
-            core.state.correct(self.cost, cost, now);
-            core.serve(now);
-        }
-        core.learn(verdict.outcome, now);
+        stripe.correct(self.cost, verdict.cost, now);
+        stripe.learn(verdict.outcome, now);
     }
 
-    fn cancel(mut self, now: &Reading) {
+    fn cancel(mut self, cost: Option<u32>, now: &Reading) {
         if let Some(stripe) = self.stripe.take() {
+            stripe.correct(self.cost, cost, now);
             stripe.learn(stripe.algorithm.cancelled(), now);
+        }
+    }
+
+    fn quotas(&self, now: &Reading, tell: &mut dyn FnMut(Quota)) {
+        if let Some(stripe) = &self.stripe {
+            tell(stripe.quota(now.at(&stripe.clock)));
         }
     }
 

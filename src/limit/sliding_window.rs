@@ -314,6 +314,18 @@ impl SlidingWindowState {
             .max(now)
     }
 
+    /// When the latest admission is one window old; now or later.
+    pub(super) fn full_again(&self, now: Timestamp) -> Timestamp {
+        let head = Position::unpack(self.head.load(Ordering::Acquire));
+        // One before the head is one less than a lap ahead of it, but for the lap.
+        let mut latest = head.forward(self.ring.len() - 1, self.ring.len());
+        latest.lap = latest.lap.wrapping_sub(1);
+        let slot = Slot::unpack(self.ring[latest.index].load(Ordering::Acquire));
+        let stamp = self.stamp(now);
+        let last = if slot.odd == latest.is_odd() { slot.stamp } else { stamp };
+        self.time(last.saturating_add(self.window)).max(now)
+    }
+
     /// How many requests would be admitted now. Stamps rise along the ring, but for threads that lie behind: a binary search.
     pub(super) fn available(&self, now: Timestamp) -> usize {
         let head = Position::unpack(self.head.load(Ordering::Acquire));

@@ -98,7 +98,7 @@ impl RateLimiterStatus {
             rate: core.state.adaptive_rate(now).unwrap_or(limit.into()),
             period,
             burst: core.algorithm.largest(),
-            available_tokens: (core.state.available(now) - core.queue.cost() as f64).max(0.0),
+            available_tokens: core.available(now),
             retry_after: refusal.and_then(|refusal| refusal.retry_after),
             waiting: core.queue.len(),
             accepted_requests,

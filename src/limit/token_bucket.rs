@@ -145,6 +145,10 @@ impl TokenBucketState {
         enough.map_or_else(|short| self.line.when(short), |()| now)
     }
 
+    pub(super) fn full_again(&self, now: Timestamp) -> Timestamp {
+        self.when(self.bucket.peek_full(&self.line, now), now)
+    }
+
     pub(super) fn tokens(&self, now: Timestamp) -> f64 {
         self.bucket.tokens(&self.line, now)
     }

@@ -1,46 +1,125 @@
 //! What a guard asks before it lets a call through.
 //!
 //! A [`CircuitBreaker`] is a policy, a [`RateLimiter`] is one, a limiter that [waits](Waiting) is one, and a pair of policies is one.
+//!
+//! # A policy of your own
+//!
+//! Implement [`Gate`] and [`Policy`]. This one refuses while a shop is closed, and says until when:
+//!
+//! ```
+//! use portcullis::{BoxError, GuardLayer, Name, Reason, Rejected, policy::{Admit, Gate, Never, Policy, Readiness, Reading}};
+//! use std::{sync::{Arc, atomic::{AtomicBool, Ordering}}, task::Context, time::Duration};
+//! use tower::{ServiceBuilder, ServiceExt, service_fn};
+//!
+//! #[derive(Clone)]
+//! struct OpeningHours {
+//!     shop: Name,
+//!     closed: Arc<AtomicBool>,
+//! }
+//!
+//! impl OpeningHours {
+//!     fn refusal(&self) -> Option<Rejected> {
+//!         let closed = self.closed.load(Ordering::Relaxed);
+//!         closed.then(|| Rejected::new(self.shop.clone(), Reason::Other).retry_after(Duration::from_secs(3600)))
+//!     }
+//! }
+//!
+//! impl Gate for OpeningHours {
+//!     type Reserved = ();
+//!
+//!     // Asked in `poll_ready`: while this refuses, the inner service is neither polled nor called.
+//!     fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
+//!         self.refusal().map_or(Readiness::Ready(()), Readiness::Rejected)
+//!     }
+//! }
+//!
+//! impl<Req> Policy<Req> for OpeningHours {
+//!     type Permit = (); // nothing to settle when the call ends
+//!     type Wait = Never<()>;
+//!
+//!     fn refusal(&self, (): &(), _: &Req, _: &Reading) -> Option<Rejected> {
+//!         self.refusal()
+//!     }
+//!
+//!     fn admit(&self, (): (), _: &Req, _: &Reading) -> Admit<(), Never<()>> {
+//!         self.refusal().map_or(Admit::Now(()), Admit::Rejected)
+//!     }
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), BoxError> {
+//! let closed = Arc::new(AtomicBool::new(false));
+//! let hours = OpeningHours { shop: Name::try_from("shop")?, closed: closed.clone() };
+//! let service = ServiceBuilder::new()
+//!     .layer(GuardLayer::new(hours))
+//!     .service(service_fn(async |order: u32| Ok::<_, std::io::Error>(order)));
+//! assert_eq!(service.clone().oneshot(7).await?, 7);
+//! closed.store(true, Ordering::Relaxed);
+//! let error = service.oneshot(7).await.unwrap_err();
+//! assert_eq!(Rejected::find(&*error).unwrap().reason, Reason::Other);
+//! # Ok(()) }
+//! ```
+//!
+//! In a pair it combines with the others: `GuardLayer::new((hours, breaker))`.
+
+mod cost;
+mod waiting;
+
+pub use cost::{Cost, Limiter};
+pub use waiting::{Waitable, Waiting};
 
 pub use crate::{clock::Reading, permit::Permit};
 
 use crate::{
     breaker::{CircuitBreaker, CircuitBreakerPermit, Reservation},
-    limit::{Acquire, RateLimitPermit, RateLimiter},
+    limit::{RateLimitPermit, RateLimiter},
     permit::Verdict,
     rejected::Rejected,
-    sealed::Sealed,
 };
+use pin_project_lite::pin_project;
 use std::{
     convert::Infallible,
     future::Future,
     marker::PhantomData,
     pin::Pin,
     task::{Context, Poll},
-    time::Duration,
 };
 use tower_service::Service;
 
-/// The part of a policy that needs no request: what happens in `poll_ready`. Sealed for now.
-pub trait Gate: Sealed {
+/// What a policy says in `poll_ready`.
+#[derive(Debug)]
+pub enum Readiness<R> {
+    /// The inner service may be asked whether it is ready.
+    Ready(R),
+    /// Not now: the task is woken when it should ask again. What is held comes back with the next question.
+    Pending(R),
+    /// The call would meet this: the inner service need not be asked whether it is ready.
+    Rejected(Rejected),
+}
+
+/// The part of a policy that needs no request: what happens in `poll_ready`. See the [module](self) for an example.
+pub trait Gate {
     /// What a readied service holds until it is called. Dropped, it is given back.
     type Reserved;
 
-    /// Keeps or renews what is held, or refuses. A refusal leaves no trace: one call may ask many times.
+    /// Keeps or renews what is held, waits, or refuses. A refusal leaves no trace: one call may ask many times.
     ///
-    /// # Errors
-    ///
-    /// The rejection that the call would meet: the inner service need not be asked whether it is ready.
-    fn reserve(&self, held: Option<Self::Reserved>, now: &Reading) -> Result<Self::Reserved, Rejected>;
+    /// A service that is called without having been asked whether it is ready asks with a waker that wakes nobody.
+    fn reserve(&self, held: Option<Self::Reserved>, now: &Reading, cx: &mut Context<'_>) -> Readiness<Self::Reserved>;
 
-    /// Counts a rejection that [`reserve`](Self::reserve) or [`Policy::refusal`] gave, if it is of this policy.
-    fn count(&self, why: &Rejected, now: &Reading) -> bool;
+    /// Counts a rejection that [`reserve`](Self::reserve) or [`Policy::refusal`] gave, if it is of this policy. Default: it
+    /// counts nothing.
+    fn count(&self, why: &Rejected, now: &Reading) -> bool {
+        let _ = (why, now);
+        false
+    }
 
-    /// Records that the inner service failed to become ready.
-    fn unready(&self, reserved: Self::Reserved, verdict: Verdict, now: &Reading);
+    /// Records that the inner service failed to become ready. Default: what was reserved is dropped.
+    fn unready(&self, reserved: Self::Reserved, verdict: Verdict, now: &Reading) {
+        let _ = (reserved, verdict, now);
+    }
 }
 
-/// Admits or rejects calls. Sealed for now.
+/// Admits or rejects calls. See the [module](self) for an example.
 ///
 /// A policy that must see the request to know whether it refuses cannot do so in `poll_ready`: its callers wait for the inner
 /// service to be ready first.
@@ -73,6 +152,12 @@ pub enum Admit<P, W> {
     Later(W),
     /// Do not make it.
     Rejected(Rejected),
+}
+
+impl<R> From<Result<R, Rejected>> for Readiness<R> {
+    fn from(answer: Result<R, Rejected>) -> Self {
+        answer.map_or_else(Self::Rejected, Self::Ready)
+    }
 }
 
 impl<P, W> From<Result<P, Rejected>> for Admit<P, W> {
@@ -124,7 +209,30 @@ impl<S: Service<Req>, Req, P> Hold<S, Req> for Never<P> {
     }
 }
 
-impl<S: Service<Req> + Clone, Req> Hold<S, Req> for Acquire {
+pin_project! {
+    /// The wait of a policy that may wait: any future of a permit.
+    #[derive(Debug)]
+    pub struct Later<F> {
+        #[pin]
+        future: F,
+    }
+}
+
+impl<F> Later<F> {
+    /// Admits or rejects when the future does.
+    pub fn new(future: F) -> Self {
+        Self { future }
+    }
+}
+
+impl<F: Future> Future for Later<F> {
+    type Output = F::Output;
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        self.project().future.poll(cx)
+    }
+}
+
+impl<S: Service<Req> + Clone, Req, F> Hold<S, Req> for Later<F> {
     type Held = (S, Req);
     fn hold(&self, service: &mut S, request: Req) -> (S, Req) {
         let clone = service.clone();
@@ -138,13 +246,11 @@ impl<S: Service<Req> + Clone, Req> Hold<S, Req> for Acquire {
     }
 }
 
-impl Sealed for CircuitBreaker {}
-
 impl Gate for CircuitBreaker {
     type Reserved = Reservation;
 
-    fn reserve(&self, held: Option<Reservation>, now: &Reading) -> Result<Reservation, Rejected> {
-        CircuitBreaker::reserve(self, held, now)
+    fn reserve(&self, held: Option<Reservation>, now: &Reading, _: &mut Context<'_>) -> Readiness<Reservation> {
+        CircuitBreaker::reserve(self, held, now).into()
     }
 
     fn count(&self, why: &Rejected, now: &Reading) -> bool {
@@ -180,13 +286,11 @@ impl<Req> Policy<Req> for CircuitBreaker {
     }
 }
 
-impl Sealed for RateLimiter {}
-
 impl Gate for RateLimiter {
     type Reserved = ();
 
-    fn reserve(&self, _: Option<()>, _: &Reading) -> Result<(), Rejected> {
-        Ok(())
+    fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
+        Readiness::Ready(())
     }
 
     fn count(&self, why: &Rejected, now: &Reading) -> bool {
@@ -196,8 +300,6 @@ impl Gate for RateLimiter {
         }
         own
     }
-
-    fn unready(&self, (): (), _: Verdict, _: &Reading) {}
 }
 
 impl<Req> Policy<Req> for RateLimiter {
@@ -213,57 +315,22 @@ impl<Req> Policy<Req> for RateLimiter {
     }
 }
 
-/// A rate limiter that lets calls wait their turn, up to a time; from [`GuardLayer::wait`](crate::GuardLayer::wait).
-#[derive(Debug, Clone)]
-pub struct Waiting {
-    limiter: RateLimiter,
-    max_wait: Duration,
-}
-
-impl Waiting {
-    pub(crate) fn new(limiter: RateLimiter, max_wait: Duration) -> Self {
-        Self { limiter, max_wait }
-    }
-}
-
-impl Sealed for Waiting {}
-
-impl Gate for Waiting {
-    type Reserved = ();
-
-    fn reserve(&self, _: Option<()>, _: &Reading) -> Result<(), Rejected> {
-        Ok(())
-    }
-
-    fn count(&self, why: &Rejected, now: &Reading) -> bool {
-        Gate::count(&self.limiter, why, now)
-    }
-
-    fn unready(&self, (): (), _: Verdict, _: &Reading) {}
-}
-
-impl<Req> Policy<Req> for Waiting {
-    type Permit = RateLimitPermit;
-    type Wait = Acquire;
-
-    fn refusal(&self, (): &(), _: &Req, _: &Reading) -> Option<Rejected> {
-        None
-    }
-
-    fn admit(&self, (): (), _: &Req, _: &Reading) -> Admit<Self::Permit, Self::Wait> {
-        Admit::Later(self.limiter.acquire_within(1, self.max_wait))
-    }
-}
-
-impl<A: Sealed, B: Sealed> Sealed for (A, B) {}
-
 impl<A: Gate, B: Gate> Gate for (A, B) {
     type Reserved = (A::Reserved, B::Reserved);
 
-    fn reserve(&self, held: Option<Self::Reserved>, now: &Reading) -> Result<Self::Reserved, Rejected> {
+    fn reserve(&self, held: Option<Self::Reserved>, now: &Reading, cx: &mut Context<'_>) -> Readiness<Self::Reserved> {
         let (first, second) = held.unzip();
+        let (first, waits) = match self.0.reserve(first, now, cx) {
+            Readiness::Ready(first) => (first, false),
+            Readiness::Pending(first) => (first, true),
+            Readiness::Rejected(why) => return Readiness::Rejected(why),
+        };
         // A refusal by the second drops, and so returns, what the first reserved.
-        Ok((self.0.reserve(first, now)?, self.1.reserve(second, now)?))
+        match self.1.reserve(second, now, cx) {
+            Readiness::Ready(second) if !waits => Readiness::Ready((first, second)),
+            Readiness::Ready(second) | Readiness::Pending(second) => Readiness::Pending((first, second)),
+            Readiness::Rejected(why) => Readiness::Rejected(why),
+        }
     }
 
     fn count(&self, why: &Rejected, now: &Reading) -> bool {
