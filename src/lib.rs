@@ -7,6 +7,7 @@
 mod guard;
 
 pub mod classify;
+pub mod key;
 pub mod policy;
 pub mod reject;
 

@@ -1,0 +1,43 @@
+//! What a keyed limiter or breaker tells callers apart by.
+//!
+//! Any closure `Fn(&Request) -> Option<K>` over a hashable `K` is a [`Key`]; a pair of keys is one, of which both must be there.
+
+use std::hash::{Hash, Hasher};
+
+/// Finds the key in a request. Of the key only a hash is kept, so it is written into a hasher and never copied.
+///
+/// ```
+/// use portcullis::key::Key;
+/// use std::hash::{DefaultHasher, Hasher};
+///
+/// struct Order { customer: Option<u64> }
+/// let by_customer = |order: &Order| order.customer;
+/// assert!(by_customer.hash_key(&Order { customer: Some(7) }, &mut DefaultHasher::new()));
+/// assert!(!by_customer.hash_key(&Order { customer: None }, &mut DefaultHasher::new()), "there is no key");
+/// ```
+pub trait Key<Req> {
+    /// Writes the key into the hasher; `false` if the request has none.
+    fn hash_key<H: Hasher>(&self, request: &Req, hasher: &mut H) -> bool;
+}
+
+impl<F, Req, K> Key<Req> for F
+where
+    F: Fn(&Req) -> Option<K>,
+    K: Hash,
+{
+    fn hash_key<H: Hasher>(&self, request: &Req, hasher: &mut H) -> bool {
+        match self(request) {
+            Some(key) => {
+                key.hash(hasher);
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+impl<Req, A: Key<Req>, B: Key<Req>> Key<Req> for (A, B) {
+    fn hash_key<H: Hasher>(&self, request: &Req, hasher: &mut H) -> bool {
+        self.0.hash_key(request, hasher) && self.1.hash_key(request, hasher)
+    }
+}
