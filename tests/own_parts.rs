@@ -1,0 +1,420 @@
+//! Policies, classifiers and rejecters that a user writes.
+
+use portcullis::{
+    BoxError, CircuitBreaker, Clock, GuardLayer, Name, Outcome, Quota, RateLimitLayer, RateLimiter, Reason, Rejected,
+    TokenBucket, Verdict,
+    classify::Classify,
+    policy::{Admit, Gate, Later, Never, Permit, Policy, Readiness, Reading},
+    reject::Reject,
+};
+use std::{
+    future::{Future, Ready, ready},
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+use tokio_test::{assert_pending, assert_ready, assert_ready_ok};
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+type Log = Arc<Mutex<Vec<String>>>;
+
+fn name(text: &str) -> Name {
+    Name::try_from(text).unwrap()
+}
+
+fn echo() -> impl Service<u32, Response = u32, Error = std::io::Error, Future: Send> + Clone {
+    service_fn(async |n: u32| {
+        if n == 500 {
+            Err(std::io::Error::other("broken"))
+        } else {
+            Ok(n)
+        }
+    })
+}
+
+/// Admits even numbers, and notes what becomes of them.
+#[derive(Clone, Default)]
+struct Even {
+    log: Log,
+}
+
+impl Gate for Even {
+    type Reserved = ();
+    fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
+        Readiness::Ready(())
+    }
+    fn count(&self, why: &Rejected, _: &Reading) -> bool {
+        let own = why.service == "even";
+        if own {
+            self.log.lock().unwrap().push("rejected".into());
+        }
+        own
+    }
+}
+
+impl Policy<u32> for Even {
+    type Permit = Noted;
+    type Wait = Never<Noted>;
+    fn refusal(&self, (): &(), request: &u32, _: &Reading) -> Option<Rejected> {
+        (request % 2 == 1).then(|| Rejected::new(name("even"), Reason::OverLimit).limit(name("parity")))
+    }
+    fn admit(&self, (): (), request: &u32, now: &Reading) -> Admit<Noted, Never<Noted>> {
+        match self.refuse(&(), request, now) {
+            Some(why) => Admit::Rejected(why),
+            None => Admit::Now(Noted(self.log.clone())),
+        }
+    }
+}
+
+struct Noted(Log);
+
+impl Noted {
+    fn note(&self, what: impl Into<String>) {
+        self.0.lock().unwrap().push(what.into());
+    }
+}
+
+impl Permit for Noted {
+    fn settle(self, verdict: Verdict, _: &Reading) {
+        self.note(verdict.outcome.as_str());
+    }
+    fn cancel(self, cost: Option<u32>, _: &Reading) {
+        self.note(format!("cancelled {cost:?}"));
+    }
+    fn unused(self, _: &Reading) {
+        self.note("unused");
+    }
+    fn quotas(&self, _: &Reading, tell: &mut dyn FnMut(Quota)) {
+        tell(Quota::new(name("parity"), 2, Duration::from_secs(1)));
+    }
+}
+
+#[tokio::test]
+async fn a_policy_of_ones_own_sees_the_request_and_how_its_call_ended() {
+    let even = Even::default();
+    let service = GuardLayer::new(even.clone()).layer(echo());
+    assert_eq!(service.clone().oneshot(2).await.unwrap(), 2);
+    service.clone().oneshot(500).await.unwrap_err();
+    let error = service.clone().oneshot(3).await.unwrap_err();
+    let why = Rejected::find(&*error).unwrap();
+    assert_eq!(why.to_string(), r#"rate limit "parity" of "even" is exhausted"#);
+    drop(
+        GuardLayer::new(even.clone())
+            .layer(service_fn(async |_: u32| {
+                std::future::pending::<Result<u32, BoxError>>().await
+            }))
+            .call(4),
+    );
+    assert_eq!(
+        *even.log.lock().unwrap(),
+        ["success", "failure", "rejected", "cancelled None"]
+    );
+}
+
+#[tokio::test]
+async fn in_a_pair_it_is_all_or_nothing_with_the_others() {
+    let even = Even::default();
+    let limiter = RateLimiter::new("search", TokenBucket::new(1, Duration::from_secs(3600))).unwrap();
+    let breaker = CircuitBreaker::builder("search").build().unwrap();
+    let service = GuardLayer::new(((even.clone(), limiter.clone()), breaker)).layer(echo());
+    service.clone().oneshot(3).await.unwrap_err();
+    assert_eq!(
+        limiter.status().accepted_requests,
+        0,
+        "nothing is burnt on the refusal of another"
+    );
+    service.clone().oneshot(2).await.unwrap();
+    let error = service.oneshot(2).await.unwrap_err();
+    assert_eq!(
+        Rejected::find(&*error).unwrap().service,
+        "search",
+        "the answer names the one that refused"
+    );
+    assert_eq!(*even.log.lock().unwrap(), ["rejected", "success"]);
+}
+
+/// Not ready until a door is opened; wakes who waits for it.
+#[derive(Clone, Default)]
+struct Door(Arc<Mutex<(bool, Vec<Waker>)>>);
+
+impl Door {
+    fn open(&self) {
+        let mut door = self.0.lock().unwrap();
+        door.0 = true;
+        let wakers = std::mem::take(&mut door.1);
+        drop(door);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+}
+
+impl Gate for Door {
+    type Reserved = ();
+    fn reserve(&self, _: Option<()>, _: &Reading, cx: &mut Context<'_>) -> Readiness<()> {
+        let mut door = self.0.lock().unwrap();
+        if door.0 {
+            return Readiness::Ready(());
+        }
+        door.1.push(cx.waker().clone());
+        Readiness::Pending(())
+    }
+}
+
+impl<Req> Policy<Req> for Door {
+    type Permit = ();
+    type Wait = Never<()>;
+    fn refusal(&self, (): &(), _: &Req, _: &Reading) -> Option<Rejected> {
+        None
+    }
+    fn admit(&self, (): (), _: &Req, _: &Reading) -> Admit<(), Never<()>> {
+        Admit::Now(())
+    }
+}
+
+/// Counts how often it is asked whether it is ready.
+#[derive(Clone, Default)]
+struct Asked(Arc<AtomicU32>);
+
+impl Service<u32> for Asked {
+    type Response = u32;
+    type Error = std::io::Error;
+    type Future = Ready<Result<u32, std::io::Error>>;
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Poll::Ready(Ok(()))
+    }
+    fn call(&mut self, request: u32) -> Self::Future {
+        ready(Ok(request))
+    }
+}
+
+#[test]
+fn a_policy_that_is_not_ready_holds_the_service_back_and_wakes_it() {
+    let (door, inner) = (Door::default(), Asked::default());
+    let mut service = tokio_test::task::spawn(GuardLayer::new(door.clone()).layer(inner.clone()));
+    assert_pending!(service.enter(|cx, mut service| service.poll_ready(cx)));
+    assert_eq!(inner.0.load(Ordering::Relaxed), 0, "the inner service is not asked");
+    assert!(!service.is_woken());
+    door.open();
+    assert!(service.is_woken());
+    assert_ready_ok!(service.enter(|cx, mut service| service.poll_ready(cx)));
+    assert_eq!(inner.0.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_pair_is_ready_when_both_are_and_refuses_when_either_does() {
+    let (left, right) = (Door::default(), Door::default());
+    let breaker = CircuitBreaker::builder("search").build().unwrap();
+    let policy = ((left.clone(), right.clone()), breaker.clone());
+    let mut service = tokio_test::task::spawn(GuardLayer::new(policy).layer(Asked::default()));
+    assert_pending!(service.enter(|cx, mut service| service.poll_ready(cx)));
+    left.open();
+    assert!(service.is_woken());
+    assert_pending!(service.enter(|cx, mut service| service.poll_ready(cx)));
+    breaker.force_open();
+    assert_ready_ok!(
+        service.enter(|cx, mut service| service.poll_ready(cx)),
+        "ready to reject"
+    );
+    breaker.reset();
+    right.open();
+    assert_ready_ok!(service.enter(|cx, mut service| service.poll_ready(cx)));
+}
+
+/// Admits when a future says so.
+#[derive(Clone)]
+struct Ticket(Arc<Mutex<Vec<tokio::sync::oneshot::Receiver<bool>>>>);
+
+type Drawn = Pin<Box<dyn Future<Output = Result<(), Rejected>> + Send>>;
+
+impl Gate for Ticket {
+    type Reserved = ();
+    fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
+        Readiness::Ready(())
+    }
+}
+
+impl<Req> Policy<Req> for Ticket {
+    type Permit = ();
+    type Wait = Later<Drawn>;
+    fn refusal(&self, (): &(), _: &Req, _: &Reading) -> Option<Rejected> {
+        None
+    }
+    fn admit(&self, (): (), _: &Req, _: &Reading) -> Admit<(), Later<Drawn>> {
+        let ticket = self.0.lock().unwrap().pop().unwrap();
+        Admit::Later(Later::new(Box::pin(async move {
+            match ticket.await {
+                Ok(true) => Ok(()),
+                _ => Err(Rejected::new(name("tickets"), Reason::Other)),
+            }
+        })))
+    }
+}
+
+#[tokio::test]
+async fn a_policy_of_ones_own_may_wait() {
+    for admits in [true, false] {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let service = GuardLayer::new(Ticket(Arc::new(Mutex::new(vec![receiver])))).layer(echo());
+        let mut call = tokio_test::task::spawn(service.oneshot(7));
+        assert_pending!(call.poll());
+        sender.send(admits).unwrap();
+        assert!(call.is_woken());
+        match assert_ready!(call.poll()) {
+            Ok(answer) => assert!(admits && answer == 7),
+            Err(error) => {
+                assert!(!admits);
+                let why = Rejected::find(&*error).unwrap();
+                assert_eq!(why.to_string(), r#"policy "tickets" refuses"#);
+            }
+        }
+    }
+}
+
+/// Judges by the request that was sent.
+#[derive(Clone)]
+struct EvenIsFine;
+
+impl<Res, Err> Classify<u32, Res, Err> for EvenIsFine {
+    type Seen = bool;
+    type Response<P: Permit> = Res;
+    fn see(&self, request: &u32) -> bool {
+        request % 2 == 0
+    }
+    fn finish<P: Permit>(even: bool, result: Result<Res, Err>, permit: P, now: &Reading) -> Result<Res, Err> {
+        let outcome = if even { Outcome::Success } else { Outcome::Failure };
+        permit.settle(outcome.into(), now);
+        result
+    }
+    fn unready(&self, error: Err) -> (Verdict, Err) {
+        (Outcome::Failure.into(), error)
+    }
+}
+
+/// Answers with a number, and notes the quotas of admitted calls.
+#[derive(Clone, Default)]
+struct Answer42(Log);
+
+impl<Raw, Err> Reject<u32, Raw, u32, Err> for Answer42 {
+    type Response = u32;
+    type Error = Err;
+    type Future = Ready<Result<u32, Err>>;
+    type Pass = Log;
+    fn reject(&self, _: u32, _: Rejected) -> Self::Future {
+        ready(Ok(42))
+    }
+    fn admitted(&self, _: &u32) -> Log {
+        self.0.clone()
+    }
+    fn tell(log: &mut Log, permit: &impl Permit, now: &Reading) {
+        permit.quotas(now, &mut |quota| {
+            let line = format!("{} {} left", quota.limit, quota.remaining);
+            log.lock().unwrap().push(line);
+        });
+    }
+    fn pass(_: Log, result: Result<u32, Err>) -> Result<u32, Err> {
+        result
+    }
+    fn error(error: Err) -> Err {
+        error
+    }
+}
+
+#[tokio::test]
+async fn a_classifier_of_ones_own_sees_the_request_and_a_rejecter_the_quotas() {
+    let clock = Clock::manual();
+    let breaker = CircuitBreaker::builder("search")
+        .failure_threshold(1)
+        .clock(&clock)
+        .build()
+        .unwrap();
+    let limiter = RateLimiter::builder("search", TokenBucket::new(3, Duration::from_secs(60)))
+        .limit("calls")
+        .clock(&clock);
+    let answers = Answer42::default();
+    let service = GuardLayer::new((limiter.build().unwrap(), breaker))
+        .classify_with(EvenIsFine)
+        .reject_with(answers.clone())
+        .layer(echo());
+    assert_eq!(service.clone().oneshot(2).await.unwrap(), 2);
+    assert_eq!(
+        service.clone().oneshot(3).await.unwrap(),
+        3,
+        "a failure, says the classifier"
+    );
+    assert_eq!(service.oneshot(2).await.unwrap(), 42, "the circuit is open");
+    assert_eq!(
+        *answers.0.lock().unwrap(),
+        ["calls 2 left", "calls 1 left"],
+        "rejected calls pass nothing"
+    );
+}
+
+#[tokio::test]
+async fn a_cost_is_told_from_the_request_and_charged_whole_or_not_at_all() {
+    let clock = Clock::manual();
+    let limiter = RateLimiter::builder("search", TokenBucket::new(10, Duration::from_secs(10)))
+        .clock(&clock)
+        .build()
+        .unwrap();
+    let service = RateLimitLayer::new(limiter.cost(|n: &u32| *n)).layer(echo());
+    service.clone().oneshot(6).await.unwrap();
+    let error = service.clone().oneshot(5).await.unwrap_err();
+    assert_eq!(
+        Rejected::find(&*error).unwrap().retry_after,
+        Some(Duration::from_secs(1))
+    );
+    assert_eq!(limiter.status().available_tokens, 4.0, "nothing was taken");
+    service.clone().oneshot(4).await.unwrap();
+    service.clone().oneshot(0).await.expect("nothing is free");
+    let error = service.clone().oneshot(11).await.unwrap_err();
+    let why = Rejected::find(&*error).unwrap();
+    assert_eq!(why.reason, Reason::CostExceedsBurst { cost: 11, burst: 10 });
+    assert_eq!(
+        (limiter.status().accepted_cost, limiter.status().rejected_requests),
+        (10, 2)
+    );
+}
+
+#[tokio::test]
+async fn a_limit_that_charges_by_the_request_may_wait_and_may_be_in_a_pair() {
+    let clock = Clock::manual();
+    let limiter = RateLimiter::builder("search", TokenBucket::new(10, Duration::from_secs(10)))
+        .clock(&clock)
+        .build()
+        .unwrap();
+    let breaker = CircuitBreaker::builder("search").clock(&clock).build().unwrap();
+    let pair = GuardLayer::new((limiter.cost(|n: &u32| *n), breaker.clone())).layer(echo());
+    pair.clone().oneshot(8).await.unwrap();
+    breaker.force_open();
+    pair.oneshot(2).await.unwrap_err();
+    assert_eq!(
+        limiter.status().available_tokens,
+        2.0,
+        "the open circuit spends nothing"
+    );
+
+    let waiting = RateLimitLayer::new(limiter.cost(|n: &u32| *n))
+        .wait(Duration::from_secs(3))
+        .layer(echo());
+    let mut call = tokio_test::task::spawn(waiting.clone().oneshot(4));
+    assert_pending!(call.poll());
+    clock.advance(Duration::from_secs(2));
+    assert!(call.is_woken());
+    assert_eq!(assert_ready!(call.poll()).unwrap(), 4);
+    let error = waiting.oneshot(9).await.unwrap_err();
+    assert_eq!(
+        Rejected::find(&*error).unwrap().retry_after,
+        Some(Duration::from_secs(9)),
+        "does not fit in 3 s"
+    );
+}
+
+#[test]
+fn a_name_of_ones_own_is_checked() {
+    assert_eq!(Name::try_from("").unwrap_err().field(), "name");
+    assert!(Name::try_from("x".repeat(256).as_str()).is_err());
+}
