@@ -62,4 +62,4 @@ pub use crate::{
 
 #[cfg(feature = "http")]
 #[doc(inline)]
-pub use crate::http::{Admin, AdminFuture};
+pub use crate::http::{Admin, AdminFuture, AnswerBody, AsResponse, RateLimitHeaders};

@@ -1,11 +1,15 @@
-//! What the caller gets instead of a call that was rejected: an error, or another service's answer.
+//! What the caller gets instead of a call that was rejected: an error, an HTTP or gRPC answer, or another service's.
 //!
 //! - by default ([`AsError`]) the layer's error is a [`BoxError`], as in tower's own middleware, and
 //!   [`Rejected::find`](crate::Rejected::find) tells a rejection from the inner service's errors;
 //! - [`GuardLayer::fallback`](crate::GuardLayer::fallback) asks another service, which sees the request;
 //! - [`GuardLayer::fallback_with`](crate::GuardLayer::fallback_with) asks a closure, which sees the request and the rejection.
+//! - with the feature `http`, `GuardLayer::respond` answers over HTTP and gRPC: `AsResponse`.
 //!
-//! With a fallback the inner service's error type stays as it is.
+//! With a fallback or an answer the inner service's error type stays as it is.
+
+#[cfg(feature = "http")]
+pub use crate::http::{AnswerBody, AnswerFuture, Passing};
 
 use crate::{
     clock::Reading,
@@ -24,7 +28,7 @@ use tower_service::Service;
 
 /// Answers for a call that was rejected. `Raw` is the inner service's response, `Res` what the classifier made of it.
 ///
-/// [`AsError`], [`Fallback`] and [`FallbackWith`] implement it.
+/// [`AsError`], [`Fallback`] and [`FallbackWith`] implement it, and with the feature `http` `AsResponse`.
 pub trait Reject<Req, Raw, Res, Err> {
     /// The response of the guarded service.
     type Response;
@@ -85,7 +89,7 @@ impl<Req, Raw, Res, Err: Into<BoxError>> Reject<Req, Raw, Res, Err> for AsError 
 
     fn reject(&self, _: Req, why: Rejected) -> Self::Future {
         Refusal {
-            why: Some(why),
+            why: Some(Box::new(why)),
             response: PhantomData,
         }
     }
@@ -104,7 +108,8 @@ impl<Req, Raw, Res, Err: Into<BoxError>> Reject<Req, Raw, Res, Err> for AsError 
 /// The future of a rejection that is an error.
 #[derive(Debug)]
 pub struct Refusal<Res> {
-    why: Option<Rejected>,
+    /// Boxed as the error will be: the future of every admitted call has room for it.
+    why: Option<Box<Rejected>>,
     response: PhantomData<fn() -> Res>,
 }
 
@@ -112,7 +117,7 @@ impl<Res> Future for Refusal<Res> {
     type Output = Result<Res, BoxError>;
     fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
         let why = self.why.take().expect("polled after it was ready");
-        Poll::Ready(Err(why.into()))
+        Poll::Ready(Err(why))
     }
 }
 

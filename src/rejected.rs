@@ -1,6 +1,6 @@
 use crate::{
     name::Name,
-    quota::{Advertised, Quota},
+    quota::{Advertised, Quota, whole_millis, whole_seconds},
 };
 use std::{any::Any, error::Error as StdError, fmt, io, sync::Arc, time::Duration};
 
@@ -120,10 +120,7 @@ impl fmt::Display for Rejected {
         }
         match self.retry_after {
             // For people: rounded up to the millisecond, so that it is never too early. The field is exact.
-            Some(wait) => {
-                let millis = u64::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX);
-                write!(f, "; retry after {:?}", Duration::from_millis(millis))
-            }
+            Some(wait) => write!(f, "; retry after {:?}", Duration::from_millis(whole_millis(wait))),
             None => Ok(()),
         }
     }
@@ -228,9 +225,7 @@ impl Rejected {
     /// ```
     #[must_use]
     pub fn retry_after_secs(&self) -> Option<u64> {
-        let wait = self.retry_after?;
-        let rounded_up = wait.as_secs().saturating_add(u64::from(wait.subsec_nanos() > 0));
-        Some(rounded_up.max(1))
+        Some(whole_seconds(self.retry_after?).as_secs().max(1))
     }
 
     /// The rejection, told when its time is over: what a service was readied to reject and is called for later.

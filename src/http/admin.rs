@@ -1,4 +1,7 @@
-use super::accept::metrics_format;
+use super::{
+    accept::metrics_format,
+    problem::{PROBLEM_JSON, Problem},
+};
 use crate::{Registry, state::State};
 use bytes::Bytes;
 use http::{
@@ -7,7 +10,6 @@ use http::{
 };
 use http_body_util::Full;
 use percent_encoding::percent_decode_str;
-use serde_json::json;
 use std::{
     borrow::Cow,
     convert::Infallible,
@@ -178,13 +180,7 @@ fn json_page(value: &impl serde::Serialize) -> Response<Full<Bytes>> {
 }
 
 fn problem(status: StatusCode, detail: &str) -> Response<Full<Bytes>> {
-    let problem = json!({
-        "type": "about:blank",
-        "title": status.canonical_reason(),
-        "status": status.as_u16(),
-        "detail": detail,
-    });
-    page(status, "application/problem+json", problem.to_string())
+    page(status, PROBLEM_JSON, Problem::blank(status, detail).json())
 }
 
 fn page(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {

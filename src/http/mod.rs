@@ -2,5 +2,12 @@
 
 mod accept;
 mod admin;
+mod answer;
+mod grpc;
+mod problem;
+mod ratelimit;
+mod told;
 
 pub use admin::{Admin, AdminFuture};
+pub use answer::{AnswerBody, AnswerFuture, AsResponse, Passing};
+pub use ratelimit::RateLimitHeaders;

@@ -1,0 +1,371 @@
+//! An HTTP or gRPC answer in place of a rejected call.
+
+use super::{
+    grpc,
+    problem::{PROBLEM_JSON, Problem},
+    ratelimit::RateLimitHeaders,
+    told,
+};
+use crate::{
+    GuardLayer,
+    clock::{Reading, unix_seconds},
+    permit::Permit,
+    quota::{Quota, whole_seconds},
+    reject::Reject,
+    rejected::Rejected,
+};
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response,
+    header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
+};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::Full;
+use pin_project_lite::pin_project;
+use std::{
+    fmt,
+    future::Future,
+    marker::PhantomData,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+/// Rejections are answers: 429 and 503 over HTTP, `RESOURCE_EXHAUSTED` and `UNAVAILABLE` over gRPC. The inner service's error
+/// type stays as it is, so axum needs no `HandleErrorLayer`.
+///
+/// From [`GuardLayer::respond`]. What a rejected caller gets:
+///
+/// | | a limit refused | a circuit or another policy refused | [`MissingKey`](crate::Reason::MissingKey) |
+/// |---|---|---|---|
+/// | HTTP status | 429 | 503 | 400 |
+/// | body | problem `quota-exceeded` | problem `temporary-reduced-capacity` | problem `about:blank` |
+/// | gRPC status | 8 | 14 | 3 |
+///
+/// Over HTTP: `application/problem+json` (RFC 9457) with the rejection's text as `detail`, the exact wait as `retry-after-ms`,
+/// `violated-policies`, and of a circuit `circuit` and `circuit-state`; `Cache-Control: no-store`; `Retry-After` in whole seconds
+/// if the time is known and a wait helps, which it does not where the cost is above the burst. The answer to a `HEAD` has no body.
+///
+/// A request whose `content-type` begins with `application/grpc` is answered in gRPC's Trailers-Only form, with the details
+/// `RetryInfo`, `QuotaFailure` and `ErrorInfo`, and with `grpc-retry-pushback-ms`: -1 where no retry helps.
+///
+/// Admitted answers are told their limits as well, see [`RateLimitHeaders`]; gRPC's in the header frame. A rejection carries
+/// the [`Rejected`] in its extensions.
+///
+/// ```
+/// use portcullis::{AsResponse, CircuitBreaker, CircuitBreakerLayer, Rejected};
+/// use tower::{ServiceBuilder, ServiceExt, service_fn};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// breaker.force_open();
+/// let service = ServiceBuilder::new()
+///     .layer(CircuitBreakerLayer::new(breaker).reject_with(AsResponse::new()))
+///     .service(service_fn(async |_: http::Request<()>| Ok::<_, std::io::Error>(http::Response::new(()))));
+/// let response = service.oneshot(http::Request::new(())).await?;
+/// assert_eq!(response.status(), 503);
+/// assert_eq!(response.headers()["content-type"], "application/problem+json");
+/// assert!(response.extensions().get::<Rejected>().is_some());
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AsResponse {
+    headers: RateLimitHeaders,
+}
+
+impl AsResponse {
+    /// Answers with the rate-limit headers of [draft 11](RateLimitHeaders::Draft11).
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            headers: RateLimitHeaders::Draft11,
+        }
+    }
+
+    /// Writes the rate-limit headers in another form, or none.
+    ///
+    /// ```
+    /// # use portcullis::{AsResponse, RateLimitHeaders};
+    /// let silent = AsResponse::new().headers(RateLimitHeaders::Off);
+    /// ```
+    #[must_use]
+    pub const fn headers(mut self, form: RateLimitHeaders) -> Self {
+        self.headers = form;
+        self
+    }
+}
+
+impl<P, C, R> GuardLayer<P, C, R> {
+    /// Answers rejected requests over HTTP or gRPC: see [`AsResponse`]. The inner service's error type stays as it is.
+    ///
+    /// ```
+    /// use axum::{Router, routing::get};
+    /// use portcullis::{RateLimitLayer, RateLimiter, TokenBucket};
+    /// use std::time::Duration;
+    ///
+    /// let limiter = RateLimiter::new("search", TokenBucket::new(100, Duration::from_secs(60)))?;
+    /// let app: Router = Router::new()
+    ///     .route("/search", get(async || "an answer"))
+    ///     .layer(RateLimitLayer::new(limiter).respond());
+    /// # Ok::<(), portcullis::ConfigError>(())
+    /// ```
+    #[cfg_attr(docsrs, doc(cfg(feature = "http")))]
+    pub fn respond(self) -> GuardLayer<P, C, AsResponse> {
+        self.reject_with(AsResponse::new())
+    }
+}
+
+impl<P, C> GuardLayer<P, C, AsResponse> {
+    /// Writes the rate-limit headers in another form, or none.
+    ///
+    /// ```
+    /// # use portcullis::{GuardLayer, RateLimiter, RateLimitHeaders, TokenBucket};
+    /// # use std::time::Duration;
+    /// # let limiter = RateLimiter::new("search", TokenBucket::new(100, Duration::from_secs(60)))?;
+    /// let layer = GuardLayer::new(limiter).respond().headers(RateLimitHeaders::XRateLimitDelta);
+    /// # Ok::<(), portcullis::ConfigError>(())
+    /// ```
+    #[cfg_attr(docsrs, doc(cfg(feature = "http")))]
+    #[must_use]
+    pub fn headers(self, form: RateLimitHeaders) -> Self {
+        self.reject_with(AsResponse::new().headers(form))
+    }
+}
+
+impl Rejected {
+    /// The rejection as an HTTP response, for a handler that answers by itself: what [`AsResponse`] answers, with the
+    /// rate-limit headers of draft 11.
+    ///
+    /// ```
+    /// # use portcullis::{RateLimiter, TokenBucket};
+    /// # use std::time::Duration;
+    /// let limiter = RateLimiter::new("mails", TokenBucket::new(1, Duration::from_secs(60)))?;
+    /// limiter.try_acquire()?;
+    /// let response = limiter.try_acquire().unwrap_err().to_response();
+    /// assert_eq!((response.status().as_u16(), &response.headers()["retry-after"]), (429, &"60".parse()?));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[cfg_attr(docsrs, doc(cfg(feature = "http")))]
+    #[must_use]
+    pub fn to_response(&self) -> Response<Full<Bytes>> {
+        AsResponse::new().problem(self.clone()).map(Full::new)
+    }
+
+    /// The rejection as gRPC's Trailers-Only response, of which the body is empty.
+    ///
+    /// ```
+    /// # use portcullis::CircuitBreaker;
+    /// let breaker = CircuitBreaker::builder("search").build()?;
+    /// breaker.force_open();
+    /// let response = breaker.try_acquire().unwrap_err().to_grpc_response();
+    /// assert_eq!(response.status(), 200);
+    /// assert_eq!(response.headers()["grpc-status"], "14");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[cfg_attr(docsrs, doc(cfg(feature = "http")))]
+    #[must_use]
+    pub fn to_grpc_response(&self) -> Response<Full<Bytes>> {
+        AsResponse::new()
+            .trailers_only(self.clone(), grpc::plain_content_type())
+            .map(Full::new)
+    }
+}
+
+impl AsResponse {
+    fn answer(self, method: &Method, headers: &HeaderMap, why: Rejected) -> Response<Bytes> {
+        if let Some(content_type) = grpc::content_type(headers) {
+            return self.trailers_only(why, content_type);
+        }
+        let problem = self.problem(why);
+        match *method {
+            // The headers of a GET, its length included, and no body.
+            Method::HEAD => problem.map(|_| Bytes::new()),
+            _ => problem,
+        }
+    }
+
+    fn problem(self, why: Rejected) -> Response<Bytes> {
+        let detail = why.to_string();
+        let (status, problem) = Problem::of(&why, &detail);
+        let body = problem.json();
+        let mut response = Response::new(Bytes::new());
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
+        headers.insert(CONTENT_LENGTH, body.len().into());
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Some(wait) = told::wait_seconds(&why) {
+            headers.insert(RETRY_AFTER, wait.into());
+        }
+        self.finish(response.map(|_| body.into()), why)
+    }
+
+    fn trailers_only(self, why: Rejected, content_type: HeaderValue) -> Response<Bytes> {
+        let mut response = Response::new(Bytes::new());
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, content_type);
+        grpc::write(headers, &why);
+        self.finish(response, why)
+    }
+
+    fn finish(self, mut response: Response<Bytes>, why: Rejected) -> Response<Bytes> {
+        if let Some(quota) = self.tells().then(|| why.quota()).flatten() {
+            self.tell_quota(response.headers_mut(), &quota, told::wait_seconds(&why));
+        }
+        response.extensions_mut().insert(why);
+        response
+    }
+
+    fn tells(self) -> bool {
+        self.headers != RateLimitHeaders::Off
+    }
+
+    fn tell_quota(self, headers: &mut HeaderMap, quota: &Quota, reset: Option<u64>) {
+        let unix_now = match self.headers {
+            RateLimitHeaders::XRateLimitEpoch => unix_seconds(),
+            _ => 0,
+        };
+        self.headers.write(headers, quota, reset, unix_now);
+    }
+}
+
+impl<Req, Raw, B, Err> Reject<Request<Req>, Raw, Response<B>, Err> for AsResponse {
+    type Response = Response<AnswerBody<B>>;
+    type Error = Err;
+    type Future = AnswerFuture<B, Err>;
+    type Pass = Passing;
+
+    fn reject(&self, request: Request<Req>, why: Rejected) -> Self::Future {
+        AnswerFuture {
+            response: Some(Box::new(self.answer(request.method(), request.headers(), why))),
+            result: PhantomData,
+        }
+    }
+
+    fn admitted(&self, _: &Request<Req>) -> Passing {
+        Passing {
+            answer: *self,
+            quotas: Vec::new(),
+        }
+    }
+
+    fn tell(pass: &mut Passing, permit: &impl Permit, now: &Reading) {
+        if pass.answer.tells() {
+            permit.quotas(now, &mut |quota| pass.quotas.push(quota));
+        }
+    }
+
+    fn pass(Passing { answer, quotas }: Passing, result: Result<Response<B>, Err>) -> Result<Self::Response, Err> {
+        let mut response = result?.map(AnswerBody::inner);
+        for quota in quotas {
+            let reset = whole_seconds(quota.reset).as_secs();
+            answer.tell_quota(response.headers_mut(), &quota, Some(reset));
+        }
+        Ok(response)
+    }
+
+    fn error(error: Err) -> Err {
+        error
+    }
+}
+
+/// What an admitted call keeps for the headers of its answer.
+#[derive(Debug)]
+pub struct Passing {
+    answer: AsResponse,
+    quotas: Vec<Quota>,
+}
+
+/// The future of a rejection that is an answer: it is ready at once.
+pub struct AnswerFuture<B, Err> {
+    /// Boxed, for the future of every admitted call has room for it.
+    response: Option<Box<Response<Bytes>>>,
+    result: PhantomData<fn() -> Result<B, Err>>,
+}
+
+impl<B, Err> fmt::Debug for AnswerFuture<B, Err> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("AnswerFuture").field(&self.response).finish()
+    }
+}
+
+impl<B, Err> Future for AnswerFuture<B, Err> {
+    type Output = Result<Response<AnswerBody<B>>, Err>;
+    fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
+        let response = self.response.take().expect("polled after it was ready");
+        Poll::Ready(Ok(response.map(AnswerBody::own)))
+    }
+}
+
+pin_project! {
+    /// The body of an answer behind [`AsResponse`]: the inner service's, or that of a rejection.
+    ///
+    /// As a [`Body`] it takes its data and error types from the inner body, and passes its frames, trailers and sizes on. The
+    /// default is empty.
+    #[derive(Debug)]
+    pub struct AnswerBody<B> {
+        #[pin]
+        source: Source<B>,
+    }
+}
+
+pin_project! {
+    #[derive(Debug)]
+    #[project = SourceProjection]
+    enum Source<B> {
+        Inner { #[pin] body: B },
+        // `None` once it is read, or if there is nothing to read.
+        Own { bytes: Option<Bytes> },
+    }
+}
+
+impl<B> AnswerBody<B> {
+    fn inner(body: B) -> Self {
+        let source = Source::Inner { body };
+        Self { source }
+    }
+
+    fn own(bytes: Bytes) -> Self {
+        let bytes = Some(bytes).filter(|bytes| !bytes.is_empty());
+        let source = Source::Own { bytes };
+        Self { source }
+    }
+}
+
+impl<B> Default for AnswerBody<B> {
+    fn default() -> Self {
+        Self::own(Bytes::new())
+    }
+}
+
+impl<B> Body for AnswerBody<B>
+where
+    B: Body,
+    B::Data: From<Bytes>,
+{
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        match self.project().source.project() {
+            SourceProjection::Inner { body } => body.poll_frame(cx),
+            SourceProjection::Own { bytes } => {
+                let frame = bytes.take().map(|bytes| Ok(Frame::data(bytes.into())));
+                Poll::Ready(frame)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Inner { body } => body.is_end_stream(),
+            Source::Own { bytes } => bytes.is_none(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Inner { body } => body.size_hint(),
+            Source::Own { bytes } => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+        }
+    }
+}
