@@ -20,6 +20,8 @@ mod status;
 mod breaker;
 mod limit;
 
+#[cfg(feature = "tonic")]
+mod lazy_status;
 mod permit;
 mod rejected;
 

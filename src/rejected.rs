@@ -1,3 +1,5 @@
+#[cfg(feature = "tonic")]
+use crate::lazy_status::LazyStatus;
 use crate::{
     name::Name,
     quota::{Advertised, Quota, whole_millis, whole_seconds},
@@ -39,6 +41,9 @@ pub struct Rejected {
     pub retry_after: Option<Duration>,
     /// What the limit admits and what is left of it.
     pub(crate) told: Option<Told>,
+    /// The same rejection for those who look for a status in the chain of sources.
+    #[cfg(feature = "tonic")]
+    pub(crate) status: LazyStatus,
 }
 
 /// What a rejection knows of its limit's quota.
@@ -126,7 +131,12 @@ impl fmt::Display for Rejected {
     }
 }
 
-impl StdError for Rejected {}
+impl StdError for Rejected {
+    #[cfg(feature = "tonic")]
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(self.status.get_or_make(|| self.to_status()))
+    }
+}
 
 impl Rejected {
     /// A rejection by a policy of your own, in the name of a service. See [`policy`](crate::policy) for such a policy.
@@ -147,6 +157,8 @@ impl Rejected {
             reason,
             retry_after: None,
             told: None,
+            #[cfg(feature = "tonic")]
+            status: LazyStatus::default(),
         }
     }
 

@@ -253,11 +253,8 @@ impl Core {
 
     fn rejected(&self, reason: Reason, until: Option<Timestamp>, now: Option<Timestamp>) -> Rejected {
         Rejected {
-            service: self.name.clone(),
-            limit: None,
-            reason,
             retry_after: until.zip(now).map(|(until, now)| until.duration_since(now)),
-            told: None,
+            ..Rejected::new(self.name.clone(), reason)
         }
     }
 }

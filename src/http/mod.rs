@@ -7,6 +7,8 @@ mod grpc;
 mod problem;
 mod ratelimit;
 mod told;
+#[cfg(feature = "tonic")]
+mod tonic;
 
 pub use admin::{Admin, AdminFuture};
 pub use answer::{AnswerBody, AnswerFuture, AsResponse, Passing};

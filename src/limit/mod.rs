@@ -205,11 +205,10 @@ impl Core {
 
     fn rejected(&self, reason: Reason, retry_after: Option<Duration>, told: Option<Told>) -> Rejected {
         Rejected {
-            service: self.service.clone(),
             limit: Some(self.limit.clone()),
-            reason,
             retry_after,
             told,
+            ..Rejected::new(self.service.clone(), reason)
         }
     }
 
