@@ -1013,6 +1013,31 @@ async fn axum_routers_take_the_layers_without_an_error_handler() {
     );
 }
 
+#[tokio::test]
+async fn on_one_http_1_connection_each_answer_ends_where_the_next_begins() {
+    let inner =
+        service_fn(async |_: Request<hyper::body::Incoming>| Ok::<_, Infallible>(Response::new(Inner::default())));
+    let service = CircuitBreakerLayer::new(forced_open()).respond().layer(inner);
+    let (near, far) = tokio::io::duplex(65_536);
+    let service = hyper_util::service::TowerToHyperService::new(service);
+    let server = hyper::server::conn::http1::Builder::new();
+    tokio::spawn(server.serve_connection(hyper_util::rt::TokioIo::new(far), service));
+    let near = hyper_util::rt::TokioIo::new(near);
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(near).await.unwrap();
+    tokio::spawn(connection);
+    let mut lengths = Vec::new();
+    for method in [Method::GET, Method::HEAD, Method::GET, Method::HEAD] {
+        let request = Request::builder().method(method).body(Empty::<Bytes>::new()).unwrap();
+        sender.ready().await.unwrap();
+        let answer = sender.send_request(request).await.unwrap();
+        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(all(answer.headers(), "content-length").len(), 1);
+        lengths.push(answer.into_body().collect().await.unwrap().to_bytes().len());
+    }
+    assert!(lengths[0] > 0);
+    assert_eq!(lengths, [lengths[0], 0, lengths[0], 0]);
+}
+
 #[test]
 fn guards_that_answer_and_their_futures_are_send_and_hardly_larger_than_those_that_do_not() {
     fn check<S: Service<Request<()>, Future: Send> + Clone + Send + Sync + 'static>(_: &S) -> usize {
