@@ -3,7 +3,16 @@
 //!
 //! - by default ([`ErrorsAreFailures`]) every error is a failure, except a rejection by another portcullis layer;
 //! - a closure over `&Result<Response, Error>` ([`GuardLayer::classify`](crate::GuardLayer::classify)) says what it likes;
-//! - a closure over `&Error` ([`GuardLayer::classify_error`](crate::GuardLayer::classify_error)) says which errors count.
+//! - a closure over `&Error` ([`GuardLayer::classify_error`](crate::GuardLayer::classify_error)) says which errors count;
+#![cfg_attr(
+    feature = "http",
+    doc = "- [`HttpClassifier`](crate::HttpClassifier), [`GrpcClassifier`](crate::GrpcClassifier) and any other [`Judge`] look at the head of an HTTP response and at the end of its body."
+)]
+
+#[cfg(feature = "tower-http")]
+pub use crate::http::TowerHttpEnd;
+#[cfg(feature = "http")]
+pub use crate::http::{CleanEnd, GrpcEnd, Judge, JudgeEnd, Judged};
 
 use crate::{
     clock::Reading,

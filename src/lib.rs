@@ -62,6 +62,12 @@ pub use crate::{
     subscribe::Events,
 };
 
+#[cfg(feature = "tower-http")]
+#[doc(inline)]
+pub use crate::http::TowerHttpClassifier;
 #[cfg(feature = "http")]
 #[doc(inline)]
-pub use crate::http::{Admin, AdminFuture, AnswerBody, AsResponse, RateLimitHeaders};
+pub use crate::http::{
+    Admin, AdminFuture, AnswerBody, AsResponse, CostMeter, GrpcClassifier, GuardedBody, HttpClassifier,
+    RateLimitHeaders,
+};

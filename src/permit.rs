@@ -59,8 +59,14 @@ impl Outcome {
     pub fn of<T, E: 'static>(result: &Result<T, E>) -> Self {
         match result {
             Ok(_) => Self::Success,
-            Err(error) if Rejected::find_in(error).is_some() => Self::Ignored,
-            Err(_) => Self::Failure,
+            Err(error) => Self::of_error(error),
+        }
+    }
+
+    pub(crate) fn of_error<E: 'static>(error: &E) -> Self {
+        match Rejected::find_in(error) {
+            Some(_) => Self::Ignored,
+            None => Self::Failure,
         }
     }
 }
@@ -86,6 +92,8 @@ pub struct Verdict {
     /// How long the service asked to be left alone. A breaker that [honours](crate::CircuitBreakerConfig::honor_retry_after) it
     /// and trips on this call opens for at least so long, up to its cap.
     pub retry_after: Option<Duration>,
+    /// What a meter in the response said: for the limits that charge by what a request costs, and for no others.
+    pub(crate) metered: Option<u32>,
 }
 
 impl Verdict {
@@ -96,6 +104,7 @@ impl Verdict {
             outcome,
             cost: None,
             retry_after: None,
+            metered: None,
         }
     }
 
@@ -127,7 +136,7 @@ pub trait Permit: Sized {
     /// The call ended, and this is how.
     fn settle(self, verdict: Verdict, now: &Reading);
     /// The call was begun and abandoned: nobody waits for its result any more. `cost` is what it had cost until then, where
-    /// that is known.
+    /// that is known: for the limits that charge by what a request costs.
     fn cancel(self, cost: Option<u32>, now: &Reading);
     /// The call was never begun. What the permit took is given back as if it had not been asked for.
     fn unused(self, now: &Reading);

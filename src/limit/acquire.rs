@@ -32,6 +32,7 @@ pin_project! {
         limiter: RateLimiter,
         cost: u32,
         max_wait: Option<Duration>,
+        estimated: bool,
         place: Option<Place>,
         #[pin]
         sleep: Option<Sleep>,
@@ -44,9 +45,16 @@ impl Acquire {
             limiter,
             cost,
             max_wait,
+            estimated: false,
             place: None,
             sleep: None,
         }
+    }
+
+    /// The cost is an estimate.
+    pub(crate) fn estimated(mut self) -> Self {
+        self.estimated = true;
+        self
     }
 }
 
@@ -166,12 +174,14 @@ impl Future for Acquire {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         let core: &Core = &this.limiter.shared;
+        let estimated = *this.estimated;
+        let admitted = |permit: RateLimitPermit| if estimated { permit.estimated() } else { permit };
         if let Err(why) = core.check_cost(*this.cost) {
             this.limiter.count(&why, &Reading::new());
             return Poll::Ready(Err(why));
         }
         if *this.cost == 0 {
-            return Poll::Ready(Ok(this.limiter.permit(Admission::Tokens, 0)));
+            return Poll::Ready(Ok(admitted(this.limiter.permit(Admission::Tokens, 0))));
         }
         loop {
             let reading = Reading::new();
@@ -187,7 +197,7 @@ impl Future for Acquire {
             let until = match look {
                 Look::Admitted(admission) => {
                     *this.place = None;
-                    return Poll::Ready(Ok(this.limiter.permit(admission, *this.cost)));
+                    return Poll::Ready(Ok(admitted(this.limiter.permit(admission, *this.cost))));
                 }
                 Look::Refused { until } => {
                     *this.place = None;

@@ -336,6 +336,7 @@ impl RateLimiter {
             stripe: Some(stripe.clone()),
             cost,
             admission,
+            estimated: false,
         }
     }
 
@@ -574,9 +575,17 @@ pub struct RateLimitPermit {
     stripe: Option<Arc<CoreStripe>>,
     cost: u32,
     admission: Admission,
+    /// Whether the cost was told from the request: then a meter's word corrects it.
+    estimated: bool,
 }
 
 impl RateLimitPermit {
+    /// A permit whose cost was an estimate.
+    pub(crate) fn estimated(mut self) -> Self {
+        self.estimated = true;
+        self
+    }
+
     /// How the call ended: an [`Outcome`], or a [`Verdict`] with its true cost.
     pub fn settle(self, verdict: impl Into<Verdict>) {
         Permit::settle(self, verdict.into(), &Reading::new());
@@ -600,13 +609,14 @@ impl Permit for RateLimitPermit {
         let Some(stripe) = self.stripe.take() else {
             return;
         };
-        stripe.correct(self.cost, verdict.cost, now);
+        let metered = verdict.metered.filter(|_| self.estimated);
+        stripe.correct(self.cost, verdict.cost.or(metered), now);
         stripe.learn(verdict.outcome, now);
     }
 
     fn cancel(mut self, cost: Option<u32>, now: &Reading) {
         if let Some(stripe) = self.stripe.take() {
-            stripe.correct(self.cost, cost, now);
+            stripe.correct(self.cost, cost.filter(|_| self.estimated), now);
             stripe.learn(stripe.algorithm.cancelled(), now);
         }
     }

@@ -31,7 +31,7 @@ impl<Req> Limiter<Req> for RateLimiter {
     }
 
     fn admit_of(&self, cost: u32, _: &Req, now: &Reading) -> Result<RateLimitPermit, Rejected> {
-        self.acquire_at(cost, now)
+        self.acquire_at(cost, now).map(RateLimitPermit::estimated)
     }
 }
 

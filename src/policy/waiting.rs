@@ -21,7 +21,7 @@ impl<Req> Waitable<Req> for RateLimiter {
 
 impl<F: Fn(&Req) -> u32, Req> Waitable<Req> for Cost<RateLimiter, F> {
     fn acquire_for(&self, request: &Req, max_wait: Duration) -> Acquire {
-        self.limiter.acquire_within((self.cost)(request), max_wait)
+        self.limiter.acquire_within((self.cost)(request), max_wait).estimated()
     }
 }
 
