@@ -242,6 +242,17 @@ impl<P, C, R> GuardLayer<P, C, R> {
     }
 }
 
+impl<P, C, R> GuardLayer<P, C, R> {
+    /// The same layer with a policy made of this one's.
+    pub(crate) fn map_policy<P2>(self, map: impl FnOnce(P) -> P2) -> GuardLayer<P2, C, R> {
+        GuardLayer {
+            policy: map(self.policy),
+            classify: self.classify,
+            reject: self.reject,
+        }
+    }
+}
+
 impl<L: Gate<Reserved = ()>, C, R> GuardLayer<L, C, R> {
     /// Lets calls wait their turn for up to `max_wait`, inside the response future, instead of rejecting them. A call that
     /// cannot be served in that time is rejected at once.

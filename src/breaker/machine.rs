@@ -162,6 +162,18 @@ impl Machine {
         self.first_lease_end().map_or(until, |end| end.max(until))
     }
 
+    /// From when on a call would be admitted, if nothing happens until then: any time if one is now, never if nobody can tell.
+    pub(super) fn admits_from(&self) -> Timestamp {
+        const ANY_TIME: Timestamp = Timestamp::from_nanos(0);
+        const NEVER: Timestamp = Timestamp::from_nanos(u64::MAX);
+        match (self.forced, self.mode) {
+            (Some(Override::ForcedOpen), _) => NEVER,
+            (Some(Override::ForcedClosed | Override::Disabled), _) | (None, Mode::Closed) => ANY_TIME,
+            (None, Mode::Open { until }) => self.admits_at(until),
+            (None, Mode::HalfOpen { .. }) => self.first_lease_end().unwrap_or(ANY_TIME),
+        }
+    }
+
     /// Makes a due transition real.
     pub(super) fn advance(&mut self, now: Timestamp) -> Option<Transition> {
         match self.mode {

@@ -20,12 +20,14 @@
 mod config;
 mod machine;
 mod permit;
+mod standby;
 mod status;
 mod window;
 
 pub use config::{Backoff, CircuitBreakerConfig, Window};
 pub use permit::CircuitBreakerPermit;
 pub(crate) use permit::Reservation;
+pub(crate) use standby::Standby;
 pub use status::{CircuitBreakerMetrics, CircuitBreakerStatus, RejectedByCircuit, WindowStatus};
 
 use crate::{
@@ -40,6 +42,7 @@ use crate::{
     subscribe::Events,
 };
 use machine::{Machine, Refusal, Transition};
+use standby::Waiters;
 use std::{
     fmt,
     future::Future,
@@ -93,6 +96,7 @@ struct Core {
     /// The config as the user wrote it; the machine has it checked and completed.
     config: Mutex<CircuitBreakerConfig>,
     hub: Hub,
+    waiters: Waiters,
 }
 
 type CoreStripe = Stripe<Core, { counter::COUNTERS }>;
@@ -182,6 +186,7 @@ impl CircuitBreakerBuilder {
                 machine: Mutex::new(machine),
                 config: Mutex::new(self.config),
                 hub: Hub::default(),
+                waiters: Waiters::default(),
             }),
         };
         breaker.shared.publish(&breaker.shared.machine());
@@ -195,13 +200,19 @@ impl Core {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs a step of the machine: a due transition first, then `step`; publishes, and tells the listeners outside the lock.
+    /// Runs a step of the machine: a due transition first, then `step`; publishes, and tells those who wait and the listeners
+    /// outside the lock.
     fn step<T>(&self, now: Timestamp, step: impl FnOnce(&mut Machine) -> (T, Option<Transition>)) -> T {
         let mut machine = self.machine();
+        let before = machine.admits_from();
         let due = machine.advance(now);
         let (done, transition) = step(&mut machine);
         self.publish(&machine);
+        let admits_sooner = machine.admits_from() < before;
         drop(machine);
+        if admits_sooner {
+            self.waiters.wake();
+        }
         for Transition {
             from,
             to,

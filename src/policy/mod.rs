@@ -62,9 +62,11 @@
 //! In a pair it combines with the others: `GuardLayer::new((hours, breaker))`.
 
 mod cost;
+mod not_ready;
 mod waiting;
 
 pub use cost::{Cost, Limiter};
+pub use not_ready::NotReady;
 pub use waiting::{Waitable, Waiting};
 
 pub use crate::{clock::Reading, permit::Permit};
