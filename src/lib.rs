@@ -10,6 +10,9 @@ pub mod classify;
 pub mod key;
 pub mod policy;
 pub mod reject;
+#[cfg(feature = "retry")]
+#[cfg_attr(docsrs, doc(cfg(feature = "retry")))]
+pub mod retry;
 
 #[cfg(feature = "http")]
 mod http;
