@@ -42,7 +42,8 @@ mod subscribe;
 pub use crate::{
     breaker::{
         Backoff, CircuitBreaker, CircuitBreakerBuilder, CircuitBreakerConfig, CircuitBreakerMetrics,
-        CircuitBreakerPermit, CircuitBreakerStatus, RejectedByCircuit, Window, WindowStatus,
+        CircuitBreakerPermit, CircuitBreakerStatus, KeyedCircuitBreaker, KeyedCircuitBreakerBuilder,
+        KeyedCircuitBreakerStatus, RejectedByCircuit, Window, WindowStatus,
     },
     classify::ErrorsAreFailures,
     clock::{Clock, ManualClock, Timestamp},

@@ -53,6 +53,20 @@ impl<T, const N: usize> Striped<T, N> {
         Self((0..stripes()).map(|_| Arc::new(stripe())).collect())
     }
 
+    /// The same with one stripe for all threads: for many cores of which each is used little.
+    pub(crate) fn single(core: T) -> Self {
+        let stripe = Stripe {
+            core: Arc::new(core),
+            counts: std::array::from_fn(|_| AtomicU64::new(0)),
+        };
+        Self(Arc::new([Arc::new(stripe)]))
+    }
+
+    /// Whether nobody else holds this handle or one of its stripes.
+    pub(crate) fn is_sole(&mut self) -> bool {
+        Arc::get_mut(&mut self.0).is_some_and(|stripes| stripes.iter_mut().all(|stripe| Arc::get_mut(stripe).is_some()))
+    }
+
     /// The calling thread's stripe.
     pub(crate) fn local(&self) -> &Arc<Stripe<T, N>> {
         // The number of stripes is a power of two.

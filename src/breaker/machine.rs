@@ -137,6 +137,18 @@ impl Machine {
         self.consecutive == 0 && self.window.as_ref().is_none_or(RateWindow::is_clean)
     }
 
+    /// Whether a new machine would do the same from now on: closed by itself, and without a failure or a slow call to remember.
+    /// What succeeded is no loss.
+    pub(super) fn is_as_new(&self, now: Timestamp) -> bool {
+        let blameless = |tally: Tally| tally.failures == 0 && tally.slow == 0;
+        matches!((self.forced, self.mode), (None, Mode::Closed))
+            // A run that nobody watches is counted on and on.
+            && (self.consecutive == 0 || self.settings.failure_threshold.is_none())
+            && self.times.as_ref().is_none_or(|times| times.within(now) == 0)
+            && self.window.as_ref().is_none_or(|window| blameless(window.tally(now)))
+            && self.probes.iter().all(|lease| lease.end <= now)
+    }
+
     /// Until when every acquire is refused for one reason, if that is so: the end of the open time, or of the first lease of a
     /// full set.
     pub(super) fn refused_until(&self) -> Option<Timestamp> {

@@ -18,6 +18,7 @@
 //! each with Acquire. A reader that saw a newer `until` therefore sees at least `BUSY` in its second look, and asks the machine.
 
 mod config;
+mod keyed;
 mod machine;
 mod permit;
 mod standby;
@@ -25,6 +26,7 @@ mod status;
 mod window;
 
 pub use config::{Backoff, CircuitBreakerConfig, Window};
+pub use keyed::{KeyedCircuitBreaker, KeyedCircuitBreakerBuilder, KeyedCircuitBreakerStatus};
 pub use permit::CircuitBreakerPermit;
 pub(crate) use permit::Reservation;
 pub(crate) use standby::Standby;
@@ -41,6 +43,7 @@ use crate::{
     stripe::{Stripe, Striped},
     subscribe::Events,
 };
+use config::Settings;
 use machine::{Machine, Refusal, Transition};
 use standby::Waiters;
 use std::{
@@ -95,7 +98,8 @@ struct Core {
     machine: Mutex<Machine>,
     /// The config as the user wrote it; the machine has it checked and completed.
     config: Mutex<CircuitBreakerConfig>,
-    hub: Hub,
+    /// Shared by the breakers of a keyed set.
+    hub: Arc<Hub>,
     waiters: Waiters,
 }
 
@@ -175,26 +179,31 @@ impl CircuitBreakerBuilder {
     pub fn build(self) -> Result<CircuitBreaker, ConfigError> {
         let name = Name::new("name", &self.name)?;
         let settings = self.config.validate()?;
-        let machine = Machine::new(settings, self.clock.now());
-        let breaker = CircuitBreaker {
-            shared: Striped::new(Core {
-                name,
-                clock: self.clock,
-                word: AtomicU64::new(word::BUSY),
-                until: AtomicU64::new(0),
-                slow: AtomicU64::new(u64::MAX),
-                machine: Mutex::new(machine),
-                config: Mutex::new(self.config),
-                hub: Hub::default(),
-                waiters: Waiters::default(),
-            }),
-        };
-        breaker.shared.publish(&breaker.shared.machine());
-        Ok(breaker)
+        let core = Core::new(name, self.clock, self.config, settings, Arc::default());
+        Ok(CircuitBreaker {
+            shared: Striped::new(core),
+        })
     }
 }
 
 impl Core {
+    fn new(name: Name, clock: Clock, config: CircuitBreakerConfig, settings: Settings, hub: Arc<Hub>) -> Self {
+        let machine = Machine::new(settings, clock.now());
+        let core = Self {
+            name,
+            clock,
+            word: AtomicU64::new(word::BUSY),
+            until: AtomicU64::new(0),
+            slow: AtomicU64::new(u64::MAX),
+            machine: Mutex::new(machine),
+            config: Mutex::new(config),
+            hub,
+            waiters: Waiters::default(),
+        };
+        core.publish(&core.machine());
+        core
+    }
+
     /// No user code runs under the lock, so a poisoned one was left whole.
     fn machine(&self) -> MutexGuard<'_, Machine> {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)

@@ -176,7 +176,7 @@ impl CircuitBreakerStatus {
 }
 
 impl CircuitBreakerMetrics {
-    fn new(state_transitions: StateTransitions, count: impl Fn(usize) -> u64) -> Self {
+    pub(super) fn new(state_transitions: StateTransitions, count: impl Fn(usize) -> u64) -> Self {
         let rejected = RejectedByCircuit {
             open: count(counter::REJECTED_OPEN),
             half_open_full: count(counter::REJECTED_HALF_OPEN),

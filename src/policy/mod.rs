@@ -62,10 +62,13 @@
 //! In a pair it combines with the others: `GuardLayer::new((hours, breaker))`.
 
 mod cost;
+mod keyed;
+mod keyed_breaker;
 mod not_ready;
 mod waiting;
 
 pub use cost::{Cost, Limiter};
+pub use keyed::{Keyed, Missing};
 pub use not_ready::NotReady;
 pub use waiting::{Waitable, Waiting};
 

@@ -1,0 +1,472 @@
+//! A breaker for each key: whose is whose, what is forgotten when the set is full and what never is, and what is counted.
+
+use portcullis::{
+    BoxError, CircuitBreakerConfig, CircuitBreakerLayer, Clock, EventKind, GuardLayer, KeyedCircuitBreaker,
+    ManualClock, Outcome, RateLimiter, Reason, Rejected, SlidingWindow, State, Window, policy::Missing,
+};
+use std::{
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+use tower::{ServiceBuilder, ServiceExt, service_fn};
+
+const OPEN: Duration = Duration::from_secs(10);
+
+fn config() -> CircuitBreakerConfig {
+    CircuitBreakerConfig::default()
+        .failure_threshold(2)
+        .recovery_timeout(OPEN)
+        .half_open_max_calls(1)
+        .success_threshold(1)
+}
+
+fn keyed(clock: &ManualClock, max_keys: usize) -> KeyedCircuitBreaker {
+    keyed_with(clock, max_keys, config())
+}
+
+fn keyed_with(clock: &ManualClock, max_keys: usize, config: CircuitBreakerConfig) -> KeyedCircuitBreaker {
+    KeyedCircuitBreaker::builder("shops")
+        .config(config)
+        .max_keys(max_keys)
+        .clock(clock)
+        .build()
+        .unwrap()
+}
+
+fn end(set: &KeyedCircuitBreaker, key: u32, outcome: Outcome) {
+    set.try_acquire(&key).unwrap().settle(outcome);
+}
+
+fn trip(set: &KeyedCircuitBreaker, key: u32) {
+    end(set, key, Outcome::Failure);
+    end(set, key, Outcome::Failure);
+    assert_eq!(set.get(&key).state(), State::Open);
+}
+
+#[test]
+fn keys_do_not_share_a_circuit_and_a_key_keeps_its_own() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 10);
+    trip(&set, 1);
+    end(&set, 2, Outcome::Failure);
+    assert_eq!(set.try_acquire(&1).unwrap_err().reason, Reason::Open);
+    assert_eq!(set.get(&2).status().failure_count, 1);
+    assert_eq!(set.get(&3).status().failure_count, 0);
+    clock.advance(OPEN);
+    end(&set, 1, Outcome::Success);
+    assert_eq!(set.get(&1).state(), State::Closed);
+    assert_eq!(set.get("text").name(), "shops");
+    assert_eq!(set.fingerprint("text"), set.fingerprint(&String::from("text")));
+    assert_ne!(
+        set.fingerprint("text"),
+        keyed(&clock, 1).fingerprint("text"),
+        "every set has a seed of its own"
+    );
+}
+
+#[test]
+fn settings_outside_their_range_are_refused() {
+    for (field, builder) in [
+        ("name", KeyedCircuitBreaker::builder("")),
+        ("max_keys", KeyedCircuitBreaker::builder("shops").max_keys(0)),
+        (
+            "max_keys",
+            KeyedCircuitBreaker::builder("shops").max_keys((1 << 20) + 1),
+        ),
+        (
+            "failure_threshold",
+            KeyedCircuitBreaker::builder("shops").config(config().failure_threshold(0)),
+        ),
+    ] {
+        assert_eq!(builder.build().unwrap_err().field(), field);
+    }
+}
+
+// ---- Full sets -----------------------------------------------------------------------------------------------------------
+
+#[test]
+fn twenty_thousand_keys_never_hold_more_than_the_most_and_idle_ones_make_room() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 100);
+    for key in 0..20_000 {
+        end(&set, key, Outcome::Success);
+    }
+    let status = set.status();
+    assert_eq!((status.tracked, status.evicted, status.overflowed), (100, 19_900, 0));
+    assert_eq!(
+        status.metrics.successful_requests, 20_000,
+        "what the evicted counted is not lost"
+    );
+}
+
+#[test]
+fn no_eviction_forgets_what_a_breaker_has_seen() {
+    type Mark = fn(&KeyedCircuitBreaker);
+    let marks: [(&str, Mark); 7] = [
+        ("a failure", |set| end(set, 0, Outcome::Failure)),
+        ("an open circuit", |set| trip(set, 0)),
+        ("forced open", |set| set.get(&0).force_open()),
+        ("forced closed", |set| set.get(&0).force_closed()),
+        ("disabled", |set| set.get(&0).disable()),
+        ("a config of its own", |set| {
+            set.get(&0).reconfigure(config().failure_threshold(9)).unwrap();
+        }),
+        ("a failure in the window that a success has followed", |set| {
+            end(set, 0, Outcome::Failure);
+            end(set, 0, Outcome::Success);
+        }),
+    ];
+    for (what, mark) in marks {
+        let clock = Clock::manual();
+        let set = keyed_with(&clock, 1, config().failure_rate(0.9).window(Window::time(OPEN)));
+        mark(&set);
+        let before = set.get(&0).status();
+        for key in 1..50 {
+            set.get(&key);
+        }
+        assert_eq!(set.get(&0).status(), before, "{what}");
+        assert_eq!((set.status().evicted, set.status().overflowed), (0, 49), "{what}");
+
+        set.get(&0).reset();
+        set.get(&0)
+            .reconfigure(config().failure_rate(0.9).window(Window::time(OPEN)))
+            .unwrap();
+        set.get(&1);
+        assert_eq!(set.status().evicted, 1, "{what}: reset, it is as good as new");
+    }
+}
+
+#[test]
+fn an_open_circuit_is_kept_when_its_open_time_is_over_and_goes_when_it_has_recovered() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 1);
+    trip(&set, 0);
+    clock.advance(OPEN * 10);
+    set.get(&1);
+    assert_eq!(set.status().evicted, 0, "half-open");
+    end(&set, 0, Outcome::Success);
+    set.get(&1);
+    assert_eq!(set.status().evicted, 1);
+    let transitions = set.status().metrics.state_transitions;
+    assert_eq!((transitions.closed_to_open, transitions.half_open_to_closed), (1, 1));
+}
+
+#[test]
+fn failures_that_time_has_outrun_do_not_keep_a_key() {
+    let clock = Clock::manual();
+    let set = keyed_with(&clock, 1, CircuitBreakerConfig::default().failures_within(3, OPEN));
+    end(&set, 0, Outcome::Failure);
+    set.get(&1);
+    assert_eq!(set.status().evicted, 0);
+    clock.advance(OPEN);
+    set.get(&1);
+    assert_eq!(set.status().evicted, 1);
+}
+
+#[test]
+fn a_slow_call_in_the_window_keeps_a_key() {
+    let clock = Clock::manual();
+    let slow = Duration::from_secs(1);
+    let set = keyed_with(&clock, 1, config().slow_calls(0.9, slow).minimum_calls(5));
+    let permit = set.try_acquire(&0).unwrap();
+    clock.advance(slow);
+    permit.settle(Outcome::Success);
+    set.get(&1);
+    assert_eq!(set.status().evicted, 0);
+}
+
+#[test]
+fn a_key_whose_permit_or_handle_is_in_use_is_kept() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 1);
+    let permit = set.try_acquire(&0).unwrap();
+    set.get(&1);
+    assert_eq!(set.status().evicted, 0, "its permit may yet tell of a failure");
+    permit.settle(Outcome::Success);
+    let handle = set.get(&0);
+    set.get(&1);
+    assert_eq!(set.status().evicted, 0);
+    drop(handle);
+    set.get(&1);
+    assert_eq!(set.status().evicted, 1);
+}
+
+#[test]
+fn without_an_idle_key_new_ones_share_one_breaker_until_there_is_one() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 2);
+    end(&set, 0, Outcome::Failure);
+    end(&set, 1, Outcome::Failure);
+    end(&set, 2, Outcome::Failure);
+    end(&set, 3, Outcome::Failure);
+    assert_eq!(
+        set.try_acquire(&4).unwrap_err().reason,
+        Reason::Open,
+        "the overflow breaker is one"
+    );
+    assert_eq!(set.status().overflow, State::Open);
+    assert_eq!(set.get(&0).state(), State::Closed);
+    end(&set, 0, Outcome::Success);
+    assert_eq!(set.get(&4).state(), State::Closed, "the place of key 0");
+    let status = set.status();
+    assert_eq!((status.evicted, status.tracked, status.open), (1, 2, 0));
+    assert_eq!(
+        status.metrics.failed_requests, 4,
+        "the overflow breaker's are among them"
+    );
+    assert_eq!(status.metrics.rejected_requests, 1);
+}
+
+#[test]
+fn the_longest_unused_of_the_idle_goes_first() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 3);
+    let tracked = |key: u32| {
+        let mark = set.get(&key).status().metrics.successful_requests;
+        mark > 0
+    };
+    for key in 0..3 {
+        end(&set, key, Outcome::Success);
+    }
+    end(&set, 10, Outcome::Success); // all were used: any goes, and all count as unused from here
+    end(&set, 1, Outcome::Success);
+    end(&set, 11, Outcome::Success);
+    assert!(tracked(1), "used since, though it was next in turn");
+}
+
+#[test]
+fn an_idle_key_is_found_however_many_cannot_go() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 200);
+    for key in 0..200 {
+        end(&set, key, if key == 150 { Outcome::Success } else { Outcome::Failure });
+    }
+    // Sixteen at a time: no new key pays for the whole set.
+    let asked = (0..200).take_while(|_| {
+        set.get(&1_000);
+        set.status().evicted == 0
+    });
+    assert!(asked.count() <= 200 / 16, "every look goes on where the last one ended");
+    assert_eq!(set.status().evicted, 1);
+}
+
+// ---- What is counted and told ----------------------------------------------------------------------------------------------
+
+#[test]
+fn the_sums_never_fall_while_keys_come_and_go_on_two_threads() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 8);
+    let running = AtomicBool::new(true);
+    thread::scope(|scope| {
+        let workers = [0_u32, 1].map(|worker| {
+            let set = &set;
+            scope.spawn(move || {
+                for call in 0..10_000 {
+                    let outcome = if call % 2 == 0 {
+                        Outcome::Success
+                    } else {
+                        Outcome::Ignored
+                    };
+                    end(set, call * 2 + worker, outcome);
+                }
+            })
+        });
+        scope.spawn(|| {
+            let mut last = 0;
+            while running.load(Ordering::SeqCst) {
+                let status = set.status();
+                assert!(
+                    status.metrics.total_requests >= last,
+                    "fell to {} from {last}",
+                    status.metrics.total_requests
+                );
+                assert!(status.tracked <= 8);
+                last = status.metrics.total_requests;
+            }
+        });
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+        running.store(false, Ordering::SeqCst);
+    });
+    let metrics = set.status().metrics;
+    assert_eq!(
+        (metrics.successful_requests, metrics.ignored_requests),
+        (10_000, 10_000)
+    );
+}
+
+#[test]
+fn two_threads_that_ask_for_a_new_key_get_one_breaker_and_no_failure_is_lost() {
+    let clock = Clock::manual();
+    let set = keyed_with(&clock, 4, config().failure_threshold(u32::MAX));
+    thread::scope(|scope| {
+        for worker in 0..2_u32 {
+            let set = &set;
+            scope.spawn(move || {
+                for call in 0..2_000 {
+                    end(set, 7, Outcome::Failure);
+                    end(set, 100 + call * 2 + worker, Outcome::Success);
+                }
+            });
+        }
+    });
+    assert_eq!(set.get(&7).status().failure_count, 4_000);
+}
+
+#[test]
+fn the_status_names_up_to_ten_open_keys() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 50);
+    (0..12).for_each(|key| trip(&set, key));
+    set.get(&0).reset();
+    clock.advance(Duration::from_secs(1));
+    let status = set.status();
+    assert_eq!((status.open, status.half_open, status.open_keys.len()), (11, 0, 10));
+    let all: Vec<String> = (1..12_u32)
+        .map(|key| format!("{:016x}", set.fingerprint(&key)))
+        .collect();
+    assert!(status.open_keys.iter().all(|key| all.contains(key)));
+    clock.advance(OPEN);
+    let status = set.status();
+    assert_eq!((status.open, status.half_open, status.open_keys.len()), (0, 11, 0));
+}
+
+#[test]
+fn a_listener_hears_every_key_and_those_that_come_later() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 5);
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let notes = heard.clone();
+    let listener = set.on_event(move |event| notes.lock().unwrap().push(event.kind.clone()));
+    let mut queue = set.subscribe(10);
+    trip(&set, 1);
+    set.try_acquire(&1).unwrap_err();
+    assert!(matches!(
+        heard.lock().unwrap().as_slice(),
+        [EventKind::Transition { to: State::Open, .. }, EventKind::Rejected(_)]
+    ));
+    assert!(set.remove_listener(listener));
+    trip(&set, 2);
+    assert_eq!(heard.lock().unwrap().len(), 2);
+    assert_eq!(std::iter::from_fn(|| queue.try_recv()).count(), 3);
+}
+
+// ---- As a layer --------------------------------------------------------------------------------------------------------------
+
+#[derive(Debug, Clone)]
+struct Order {
+    shop: Option<u32>,
+}
+
+fn order(shop: u32) -> Order {
+    Order { shop: Some(shop) }
+}
+
+async fn serve(order: Order) -> io::Result<()> {
+    match order.shop {
+        Some(13) => Err(io::Error::other("down")),
+        _ => Ok(()),
+    }
+}
+
+fn reason(result: Result<(), BoxError>) -> Reason {
+    let error = result.unwrap_err();
+    Rejected::find(&*error).expect("a rejection").reason
+}
+
+#[tokio::test]
+async fn a_layer_breaks_the_circuit_of_the_key_that_fails() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 10);
+    let service = ServiceBuilder::new()
+        .layer(CircuitBreakerLayer::new(set.by(|order: &Order| order.shop)))
+        .service(service_fn(serve));
+    for _ in 0..2 {
+        assert!(service.clone().oneshot(order(13)).await.unwrap_err().is::<io::Error>());
+    }
+    assert_eq!(reason(service.clone().oneshot(order(13)).await), Reason::Open);
+    service.clone().oneshot(order(14)).await.unwrap();
+    assert_eq!(
+        set.get(&13_u32).status().metrics.rejected.open,
+        1,
+        "the key of the closure is the key of `get`"
+    );
+    clock.advance(OPEN);
+    assert!(
+        service.clone().oneshot(order(13)).await.unwrap_err().is::<io::Error>(),
+        "the probe"
+    );
+    assert_eq!(set.get(&13_u32).state(), State::Open);
+}
+
+#[tokio::test]
+async fn a_request_without_a_key_is_rejected_shared_or_exempt() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 10);
+    let layer = |missing| CircuitBreakerLayer::new(set.by(|order: &Order| order.shop).missing(missing));
+    let failing = || service_fn(async |_: Order| Err::<(), _>(io::Error::other("down")));
+    let ask = async |missing| {
+        let service = ServiceBuilder::new().layer(layer(missing)).service(failing());
+        service.oneshot(Order { shop: None }).await
+    };
+    assert_eq!(reason(ask(Missing::Reject).await), Reason::MissingKey);
+    assert_eq!((set.status().missing_key, set.status().tracked), (1, 0));
+    for _ in 0..3 {
+        assert!(ask(Missing::Exempt).await.unwrap_err().is::<io::Error>());
+    }
+    assert_eq!((set.status().tracked, set.status().metrics.total_requests), (0, 0));
+    for _ in 0..2 {
+        assert!(ask(Missing::Shared).await.unwrap_err().is::<io::Error>());
+    }
+    assert_eq!(reason(ask(Missing::Shared).await), Reason::Open);
+}
+
+#[tokio::test]
+async fn in_a_pair_a_refusal_is_counted_by_its_key_and_costs_the_other_nothing() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 10);
+    let limiter = RateLimiter::builder("shops", SlidingWindow::new(1, OPEN))
+        .clock(&clock)
+        .build()
+        .unwrap();
+    let pair = (limiter.clone(), set.by(|order: &Order| order.shop));
+    let service = ServiceBuilder::new()
+        .layer(GuardLayer::new(pair))
+        .service(service_fn(serve));
+    trip(&set, 13);
+    assert_eq!(reason(service.clone().oneshot(order(13)).await), Reason::Open);
+    assert_eq!(
+        reason(service.clone().oneshot(Order { shop: None }).await),
+        Reason::MissingKey
+    );
+    assert_eq!(limiter.status().accepted_requests, 0);
+    assert_eq!(set.get(&13_u32).status().metrics.rejected.open, 1);
+    assert_eq!(set.status().missing_key, 1);
+    service.clone().oneshot(order(1)).await.unwrap();
+    assert_eq!(reason(service.oneshot(order(2)).await), Reason::OverLimit);
+    assert_eq!(
+        set.status().tracked,
+        2,
+        "a request that the limit refused makes no breaker"
+    );
+}
+
+#[tokio::test]
+async fn a_call_that_is_dropped_frees_the_probe_of_its_key() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 1);
+    trip(&set, 1);
+    clock.advance(OPEN);
+    let service = ServiceBuilder::new()
+        .layer(CircuitBreakerLayer::new(set.by(|order: &Order| order.shop)))
+        .service(service_fn(|_: Order| std::future::pending::<io::Result<()>>()));
+    let mut call = tokio_test::task::spawn(service.clone().oneshot(order(1)));
+    assert!(call.poll().is_pending());
+    assert_eq!(set.get(&1_u32).status().probes_in_flight, 1);
+    drop(call);
+    assert_eq!(set.get(&1_u32).status().probes_in_flight, 0);
+}
