@@ -1,7 +1,7 @@
 //! Snapshots as text for a metrics collector. Pure: a status in, a page out.
 
 use crate::{
-    breaker::CircuitBreakerStatus,
+    breaker::{CircuitBreakerMetrics, CircuitBreakerStatus, KeyedCircuitBreakerStatus},
     limit::RateLimiterStatus,
     state::{Override, State},
     status::RegistryStatus,
@@ -121,7 +121,18 @@ pub(crate) fn encode(status: &RegistryStatus, format: MetricsFormat) -> String {
         .values()
         .filter_map(|service| service.circuit_breaker.as_ref())
         .collect();
+    let keyed: Vec<_> = status
+        .services
+        .values()
+        .filter_map(|service| service.circuit_breakers.as_ref())
+        .collect();
+    let of_one = breakers.iter().map(|it| (it.service.as_str(), &it.metrics));
+    let of_many = keyed.iter().map(|it| (it.service.as_str(), &it.metrics));
+    let counters: Vec<_> = of_one.chain(of_many).collect();
     encode_breakers(&mut page, &breakers);
+    encode_breaker_counters(&mut page, &counters);
+    encode_breaker_rates(&mut page, &breakers);
+    encode_keyed_breakers(&mut page, &keyed);
     let limiters: Vec<_> = status
         .services
         .values()
@@ -153,24 +164,50 @@ fn encode_breakers(page: &mut Page, breakers: &[&CircuitBreakerStatus]) {
             })
         }),
     );
-    encode_breaker_counters(page, breakers);
-    encode_breaker_rates(page, breakers);
 }
 
-fn encode_breaker_counters(page: &mut Page, breakers: &[&CircuitBreakerStatus]) {
+fn encode_keyed_breakers(page: &mut Page, keyed: &[&KeyedCircuitBreakerStatus]) {
+    let gauges = |value: fn(&KeyedCircuitBreakerStatus) -> usize| {
+        keyed
+            .iter()
+            .map(move |it| (vec![("service", it.service.as_str())], value(it) as f64))
+    };
+    page.family(
+        Kind::Gauge,
+        "circuit_breaker_tracked_keys",
+        "Keys with a circuit of their own.",
+        gauges(|it| it.tracked),
+    );
+    page.family(
+        Kind::Gauge,
+        "circuit_breaker_open_keys",
+        "Keys whose circuit is open, forced ones included.",
+        gauges(|it| it.open),
+    );
+    page.family(
+        Kind::Counter,
+        "circuit_breaker_evicted_keys",
+        "Keys whose circuit was as good as new and made room for another.",
+        keyed
+            .iter()
+            .map(|it| (vec![("service", it.service.as_str())], it.evicted as f64)),
+    );
+}
+
+/// Of a service with a breaker for each key, the sums.
+fn encode_breaker_counters(page: &mut Page, breakers: &[(&str, &CircuitBreakerMetrics)]) {
     page.family(
         Kind::Counter,
         "circuit_breaker_calls",
         "Calls that were admitted and have ended, by outcome.",
-        breakers.iter().flat_map(|it| {
-            let metrics = &it.metrics;
+        breakers.iter().flat_map(|&(service, metrics)| {
             [
                 ("success", metrics.successful_requests),
                 ("failure", metrics.failed_requests),
                 ("ignored", metrics.ignored_requests),
                 ("cancelled", metrics.cancelled_requests),
             ]
-            .map(|(outcome, n)| (vec![service(it), ("outcome", outcome)], n as f64))
+            .map(|(outcome, n)| (vec![("service", service), ("outcome", outcome)], n as f64))
         }),
     );
     page.family(
@@ -179,28 +216,28 @@ fn encode_breaker_counters(page: &mut Page, breakers: &[&CircuitBreakerStatus]) 
         "Calls, among the ended ones, that took as long as a slow call.",
         breakers
             .iter()
-            .map(|it| (vec![service(it)], it.metrics.slow_requests as f64)),
+            .map(|&(service, metrics)| (vec![("service", service)], metrics.slow_requests as f64)),
     );
     page.family(
         Kind::Counter,
         "circuit_breaker_rejected",
         "Calls that the circuit rejected, by reason.",
-        breakers.iter().flat_map(|it| {
-            let rejected = it.metrics.rejected;
+        breakers.iter().flat_map(|&(service, metrics)| {
+            let rejected = metrics.rejected;
             [
                 ("open", rejected.open),
                 ("half_open_full", rejected.half_open_full),
                 ("forced_open", rejected.forced_open),
             ]
-            .map(|(reason, n)| (vec![service(it), ("reason", reason)], n as f64))
+            .map(|(reason, n)| (vec![("service", service), ("reason", reason)], n as f64))
         }),
     );
     page.family(
         Kind::Counter,
         "circuit_breaker_transitions",
         "Moves that the circuit made by itself.",
-        breakers.iter().flat_map(|it| {
-            let moves = it.metrics.state_transitions;
+        breakers.iter().flat_map(|&(service, metrics)| {
+            let moves = metrics.state_transitions;
             [
                 ("closed", "open", moves.closed_to_open),
                 ("open", "half_open", moves.open_to_half_open),
@@ -208,7 +245,7 @@ fn encode_breaker_counters(page: &mut Page, breakers: &[&CircuitBreakerStatus]) 
                 ("half_open", "open", moves.half_open_to_open),
             ]
             .map(|(from, to, n)| {
-                let labels = vec![service(it), ("from", from), ("to", to)];
+                let labels = vec![("service", service), ("from", from), ("to", to)];
                 (labels, n as f64)
             })
         }),

@@ -1,5 +1,5 @@
 use crate::{
-    breaker::{CircuitBreaker, CircuitBreakerConfig},
+    breaker::{CircuitBreaker, CircuitBreakerConfig, KeyedCircuitBreaker},
     clock::Clock,
     error::ConfigError,
     event::{Event, Listener, ListenerId},
@@ -59,6 +59,8 @@ struct Entries {
 #[derive(Default, Clone)]
 struct Entry {
     breaker: Option<CircuitBreaker>,
+    /// In place of a breaker: a service has one or the other.
+    keyed_breakers: Option<KeyedCircuitBreaker>,
     limiters: BTreeMap<Name, RateLimiter>,
 }
 
@@ -121,6 +123,8 @@ fn the_limit(limit: &str) -> String {
 pub enum Registrable {
     /// A circuit breaker, by its service's name.
     CircuitBreaker(CircuitBreaker),
+    /// A set of circuit breakers, by its service's name. A service has this or one breaker, not both.
+    KeyedCircuitBreaker(KeyedCircuitBreaker),
     /// A rate limiter, by its service's and its limit's name.
     RateLimiter(RateLimiter),
 }
@@ -133,6 +137,16 @@ impl From<CircuitBreaker> for Registrable {
 impl From<&CircuitBreaker> for Registrable {
     fn from(breaker: &CircuitBreaker) -> Self {
         breaker.clone().into()
+    }
+}
+impl From<KeyedCircuitBreaker> for Registrable {
+    fn from(breakers: KeyedCircuitBreaker) -> Self {
+        Self::KeyedCircuitBreaker(breakers)
+    }
+}
+impl From<&KeyedCircuitBreaker> for Registrable {
+    fn from(breakers: &KeyedCircuitBreaker) -> Self {
+        breakers.clone().into()
     }
 }
 impl From<RateLimiter> for Registrable {
@@ -187,7 +201,8 @@ impl Registry {
     /// # Errors
     ///
     /// [`RegistryError::Config`] for a setting or name that is not valid, [`RegistryError::Conflict`] if the breaker there has
-    /// another config (after a [`reconfigure`](CircuitBreaker::reconfigure): than the new one).
+    /// another config (after a [`reconfigure`](CircuitBreaker::reconfigure): than the new one), [`RegistryError::Taken`] if the
+    /// service has a breaker for each key.
     pub fn circuit_breaker(
         &self,
         service: impl Into<String>,
@@ -203,6 +218,10 @@ impl Registry {
                 what: THE_BREAKER.into(),
                 existing: format!("{:?}", existing.config()),
                 requested: format!("{:?}", made.config()),
+            }),
+            None if entries.keyed_breakers(made.name()).is_some() => Err(RegistryError::Taken {
+                service: made.name().clone(),
+                what: THE_BREAKER.into(),
             }),
             None => {
                 entries.insert_breaker(made.clone());
@@ -439,6 +458,10 @@ impl Entries {
         self.services.get(service)?.breaker.as_ref()
     }
 
+    fn keyed_breakers(&self, service: &str) -> Option<&KeyedCircuitBreaker> {
+        self.services.get(service)?.keyed_breakers.as_ref()
+    }
+
     fn limiter(&self, service: &str, limit: &str) -> Option<&RateLimiter> {
         self.services.get(service)?.limiters.get(limit)
     }
@@ -452,7 +475,15 @@ impl Entries {
             Registrable::CircuitBreaker(breaker) => match self.breaker(breaker.name()) {
                 Some(existing) if existing.same(breaker) => {}
                 Some(existing) => return Err(taken(existing.name(), THE_BREAKER.into())),
+                None if self.keyed_breakers(breaker.name()).is_some() => {
+                    return Err(taken(breaker.name(), THE_BREAKER.into()));
+                }
                 None => self.insert_breaker(breaker.clone()),
+            },
+            Registrable::KeyedCircuitBreaker(breakers) => match self.keyed_breakers(breakers.name()) {
+                Some(existing) if existing.same(breakers) => {}
+                None if self.breaker(breakers.name()).is_none() => self.insert_keyed_breakers(breakers.clone()),
+                _ => return Err(taken(breakers.name(), THE_BREAKER.into())),
             },
             Registrable::RateLimiter(limiter) => match self.limiter(limiter.name(), limiter.limit()) {
                 Some(existing) if existing.same(limiter) => {}
@@ -469,6 +500,14 @@ impl Entries {
             .for_each(|listener| breaker.add_listener(listener.clone()));
         let name = breaker.name().clone();
         self.services.entry(name).or_default().breaker = Some(breaker);
+    }
+
+    fn insert_keyed_breakers(&mut self, breakers: KeyedCircuitBreaker) {
+        self.listeners
+            .iter()
+            .for_each(|listener| breakers.add_listener(listener.clone()));
+        let name = breakers.name().clone();
+        self.services.entry(name).or_default().keyed_breakers = Some(breakers);
     }
 
     fn insert_limiter(&mut self, limiter: RateLimiter) {
@@ -489,6 +528,9 @@ impl Entry {
         self.breaker
             .iter()
             .for_each(|breaker| breaker.add_listener(listener.clone()));
+        self.keyed_breakers
+            .iter()
+            .for_each(|breakers| breakers.add_listener(listener.clone()));
         self.limiters
             .values()
             .for_each(|limiter| limiter.add_listener(listener.clone()));
@@ -497,6 +539,9 @@ impl Entry {
     fn remove_listener(&self, id: ListenerId) {
         if let Some(breaker) = &self.breaker {
             breaker.remove_listener(id);
+        }
+        if let Some(breakers) = &self.keyed_breakers {
+            breakers.remove_listener(id);
         }
         for limiter in self.limiters.values() {
             limiter.remove_listener(id);
@@ -507,6 +552,7 @@ impl Entry {
         ServiceStatus {
             service,
             circuit_breaker: self.breaker.as_ref().map(CircuitBreaker::status),
+            circuit_breakers: self.keyed_breakers.as_ref().map(KeyedCircuitBreaker::status),
             rate_limiters: self.limiters.values().map(RateLimiter::status).collect(),
         }
     }

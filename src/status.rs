@@ -1,6 +1,11 @@
 //! The snapshots that join what a registry holds.
 
-use crate::{breaker::CircuitBreakerStatus, limit::RateLimiterStatus, name::Name, state::State};
+use crate::{
+    breaker::{CircuitBreakerStatus, KeyedCircuitBreakerStatus},
+    limit::RateLimiterStatus,
+    name::Name,
+    state::State,
+};
 use std::collections::BTreeMap;
 
 /// All services of a registry: from [`Registry::status`](crate::Registry::status).
@@ -60,6 +65,8 @@ pub struct ServiceStatus {
     pub service: Name,
     /// Its breaker, if it has one.
     pub circuit_breaker: Option<CircuitBreakerStatus>,
+    /// Its breakers, if it has one for each key.
+    pub circuit_breakers: Option<KeyedCircuitBreakerStatus>,
     /// Its limiters, by the names of their limits.
     pub rate_limiters: Vec<RateLimiterStatus>,
 }
@@ -74,11 +81,14 @@ impl serde::Serialize for ServiceStatus {
             service: Option<&'a Name>,
             #[serde(flatten)]
             circuit_breaker: Option<&'a CircuitBreakerStatus>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            circuit_breakers: Option<&'a KeyedCircuitBreakerStatus>,
             rate_limiters: &'a [RateLimiterStatus],
         }
         Beside {
             service: self.circuit_breaker.is_none().then_some(&self.service),
             circuit_breaker: self.circuit_breaker.as_ref(),
+            circuit_breakers: self.circuit_breakers.as_ref(),
             rate_limiters: &self.rate_limiters,
         }
         .serialize(serializer)

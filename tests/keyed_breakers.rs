@@ -1,8 +1,9 @@
 //! A breaker for each key: whose is whose, what is forgotten when the set is full and what never is, and what is counted.
 
 use portcullis::{
-    BoxError, CircuitBreakerConfig, CircuitBreakerLayer, Clock, EventKind, GuardLayer, KeyedCircuitBreaker,
-    ManualClock, Outcome, RateLimiter, Reason, Rejected, SlidingWindow, State, Window, policy::Missing,
+    BoxError, CircuitBreaker, CircuitBreakerConfig, CircuitBreakerLayer, Clock, EventKind, GuardLayer,
+    KeyedCircuitBreaker, ManualClock, MetricsFormat, Outcome, RateLimiter, Reason, Registry, RegistryError, Rejected,
+    SlidingWindow, State, Window, policy::Missing,
 };
 use std::{
     io,
@@ -289,7 +290,9 @@ fn the_sums_never_fall_while_keys_come_and_go_on_two_threads() {
                 last = status.metrics.total_requests;
             }
         });
-        workers.into_iter().for_each(|worker| worker.join().unwrap());
+        for worker in workers {
+            worker.join().unwrap();
+        }
         running.store(false, Ordering::SeqCst);
     });
     let metrics = set.status().metrics;
@@ -353,6 +356,66 @@ fn a_listener_hears_every_key_and_those_that_come_later() {
     trip(&set, 2);
     assert_eq!(heard.lock().unwrap().len(), 2);
     assert_eq!(std::iter::from_fn(|| queue.try_recv()).count(), 3);
+}
+
+#[test]
+fn a_registry_shows_a_set_and_gives_it_its_listeners() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 5);
+    let registry = Registry::with_clock(&clock);
+    let mut queue = registry.subscribe(10);
+    registry.register(&set).unwrap();
+    registry.register(set.clone()).unwrap();
+    trip(&set, 1);
+    set.try_acquire(&1).unwrap_err();
+    end(&set, 2, Outcome::Success);
+    assert_eq!(
+        std::iter::from_fn(|| queue.try_recv()).count(),
+        2,
+        "a transition and a rejection"
+    );
+    let status = registry.service_status("shops").unwrap();
+    assert_eq!(status.circuit_breakers.as_ref(), Some(&set.status()));
+    assert_eq!(status.circuit_breaker, None);
+    #[cfg(feature = "http")]
+    {
+        let json = serde_json::to_value(&status).unwrap();
+        let block = &json["circuit_breakers"];
+        assert_eq!((&block["tracked"], &block["open"]), (&2.into(), &1.into()), "{json}");
+        let open = format!("{:016x}", set.fingerprint(&1));
+        assert_eq!(block["open_keys"], serde_json::json!([open]), "{json}");
+    }
+    let page = registry.metrics_text(MetricsFormat::Prometheus);
+    for line in [
+        r#"circuit_breaker_tracked_keys{service="shops"} 2"#,
+        r#"circuit_breaker_open_keys{service="shops"} 1"#,
+        r#"circuit_breaker_evicted_keys_total{service="shops"} 0"#,
+        r#"circuit_breaker_calls_total{service="shops",outcome="failure"} 2"#,
+        r#"circuit_breaker_calls_total{service="shops",outcome="success"} 1"#,
+        r#"circuit_breaker_rejected_total{service="shops",reason="open"} 1"#,
+    ] {
+        assert!(page.lines().any(|it| it == line), "{line} in\n{page}");
+    }
+
+    assert!(registry.remove("shops"));
+    trip(&set, 3);
+    assert!(queue.try_recv().is_none(), "forgotten");
+}
+
+#[test]
+fn a_service_has_one_breaker_or_one_for_each_key() {
+    let clock = Clock::manual();
+    let (set, other) = (keyed(&clock, 5), keyed(&clock, 5));
+    let one = CircuitBreaker::builder("shops").build().unwrap();
+    let taken = |result: Result<(), RegistryError>| matches!(result, Err(RegistryError::Taken { .. }));
+    let registry = Registry::new();
+    registry.register(&set).unwrap();
+    assert!(taken(registry.register(&other)), "another set");
+    assert!(taken(registry.register(&one)));
+    assert!(taken(registry.circuit_breaker("shops", config()).map(drop)));
+    let registry = Registry::new();
+    registry.register(&one).unwrap();
+    assert!(taken(registry.register(&set)));
 }
 
 // ---- As a layer --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ use super::{CircuitBreaker, CircuitBreakerConfig, CircuitBreakerMetrics, Core, c
 use crate::{
     clock::{Clock, Reading, Timestamp},
     error::{ConfigError, within},
-    event::{Event, Hub, ListenerId},
+    event::{Event, Hub, Listener, ListenerId},
     name::Name,
     rejected::{Reason, Rejected},
     state::{State, StateTransitions},
@@ -407,6 +407,15 @@ impl KeyedCircuitBreaker {
     #[must_use = "dropping the queue ends the subscription"]
     pub fn subscribe(&self, capacity: usize) -> Events {
         self.set.hub.subscribe(capacity)
+    }
+
+    pub(crate) fn add_listener(&self, listener: Listener) {
+        self.set.hub.add(listener);
+    }
+
+    /// Whether both are handles of one set.
+    pub(crate) fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.set, &other.set)
     }
 
     /// The set as a whole. Reading changes nothing. It looks at every breaker, and new keys wait for it; tracked ones do not.
