@@ -1,6 +1,22 @@
 //! What a keyed limiter or breaker tells callers apart by.
 //!
 //! Any closure `Fn(&Request) -> Option<K>` over a hashable `K` is a [`Key`]; a pair of keys is one, of which both must be there.
+#![cfg_attr(
+    feature = "http",
+    doc = "
+Over HTTP:
+
+| key | tells apart | mind |
+|---|---|---|
+| [`header`] | API keys | whoever may send any value may take any key: check it before |
+| [`extension`] | what another layer has put there: the user that was authenticated | that layer must be outside this one |
+| [`ClientIp`](crate::ClientIp) | client addresses | many may share one, and one may have many |
+| [`host`] | where a client's requests go | for breakers |
+"
+)]
+
+#[cfg(feature = "http")]
+pub use crate::http::key::{Extension, Header, Host, extension, header, host};
 
 use std::hash::{Hash, Hasher};
 

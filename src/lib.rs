@@ -72,6 +72,6 @@ pub use crate::http::TowerHttpClassifier;
 #[cfg(feature = "http")]
 #[doc(inline)]
 pub use crate::http::{
-    Admin, AdminFuture, AnswerBody, AsResponse, CostMeter, GrpcClassifier, GuardedBody, HttpClassifier,
-    RateLimitHeaders,
+    Admin, AdminFuture, AnswerBody, AsResponse, ClientIp, CostMeter, Forwarded, GrpcClassifier, GuardedBody,
+    HttpClassifier, PerRoute, PerRouteBuilder, RateLimitHeaders,
 };

@@ -2,8 +2,14 @@
 
 use super::grpc;
 use crate::rejected::Rejected;
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 use tonic::{Code, Status, metadata::MetadataMap};
+
+/// The peer of a connection that tonic serves. Behind its TLS it is another type, which is not looked for.
+pub(super) fn peer(extensions: &http::Extensions) -> Option<SocketAddr> {
+    let info: &tonic::transport::server::TcpConnectInfo = extensions.get()?;
+    info.remote_addr()
+}
 
 impl Rejected {
     /// Without a source: a status that the rejection holds cannot hold the rejection.

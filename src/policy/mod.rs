@@ -65,11 +65,13 @@ mod cost;
 mod keyed;
 mod keyed_breaker;
 mod not_ready;
+pub(crate) mod select;
 mod waiting;
 
 pub use cost::{Cost, Limiter};
 pub use keyed::{Keyed, Missing};
 pub use not_ready::NotReady;
+pub use select::{Select, select};
 pub use waiting::{Waitable, Waiting};
 
 pub use crate::{clock::Reading, permit::Permit};

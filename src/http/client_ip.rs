@@ -1,0 +1,295 @@
+//! Where a request comes from.
+
+use crate::{
+    error::{ConfigError, within},
+    key::Key,
+};
+use http::{HeaderName, Request, header::FORWARDED};
+use std::{
+    hash::{Hash, Hasher},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+/// The client's address as a key: the peer of the connection, or what a trusted proxy says it is.
+///
+/// Header fields with addresses are what anybody may write. So they are believed only from peers in
+/// [trusted](Self::trust) networks, and only as far as these can know: from the right, the hops that are trusted are
+/// passed by, and the first other one is the client. What stands further left was written by the client. If all hops are trusted it is the
+/// left-most; an entry that is no address ends the walk at the last hop that was one. At most 64 hops are looked at.
+///
+/// The peer's address is found in the request's extensions: axum's `ConnectInfo<SocketAddr>` (feature `axum`, and
+/// `into_make_service_with_connect_info`), tonic's `TcpConnectInfo` (feature `tonic`, not behind TLS), or a [`SocketAddr`] or [`IpAddr`] that
+/// you have put there. Without one a request has no key.
+///
+/// IPv4 addresses count whole, also if written as IPv6; of IPv6 addresses the first 64 bits, see
+/// [`ipv6_prefix`](Self::ipv6_prefix): a client has that many addresses to choose from.
+///
+/// ```
+/// use http::Request;
+/// use portcullis::{ClientIp, Forwarded};
+/// use std::net::{IpAddr, SocketAddr};
+///
+/// let client = ClientIp::new().trust("10.0.0.0/8")?.forwarded(Forwarded::XForwardedFor);
+/// let mut request = Request::get("/")
+///     .header("x-forwarded-for", "1.1.1.1, 203.0.113.7, 10.0.0.2") // the first is the client's own invention
+///     .body(())?;
+/// request.extensions_mut().insert(SocketAddr::from(([10, 0, 0, 1], 4711)));
+/// assert_eq!(client.of(&request), Some(IpAddr::from([203, 0, 113, 7])));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientIp {
+    trusted: Vec<Network>,
+    forwarded: Forwarded,
+    ipv6_prefix: u8,
+}
+
+/// Which header field trusted proxies write the chain of addresses into.
+///
+/// ```
+/// # use portcullis::{ClientIp, Forwarded};
+/// let client = ClientIp::new().trust("192.0.2.1")?.forwarded(Forwarded::Rfc7239);
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Forwarded {
+    /// `X-Forwarded-For: client, proxy`.
+    #[default]
+    XForwardedFor,
+    /// `Forwarded: for=client, for=proxy` (RFC 7239).
+    Rfc7239,
+}
+
+/// The addresses that begin with these bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Network {
+    address: IpAddr,
+    prefix: u8,
+}
+
+impl Network {
+    fn parse(text: &str) -> Result<Self, ConfigError> {
+        let refused = || {
+            let shown: String = text.chars().take(60).collect();
+            ConfigError::new(
+                "trust",
+                format!("{shown:?}"),
+                "an address or a network like 10.0.0.0/8 or fd00::/8",
+            )
+        };
+        let (address, prefix) = match text.split_once('/') {
+            Some((address, prefix)) => (address, Some(prefix)),
+            None => (text, None),
+        };
+        let address: IpAddr = address.parse().map_err(|_| refused())?;
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        let prefix = match prefix {
+            None => bits,
+            Some(prefix) if prefix.bytes().all(|byte| byte.is_ascii_digit()) => {
+                prefix.parse().map_err(|_| refused())?
+            }
+            Some(_) => return Err(refused()),
+        };
+        if prefix > bits {
+            return Err(refused());
+        }
+        // A network of mapped addresses is one of IPv4 addresses, as these are folded before they are compared.
+        let folded = fold(address);
+        match (address.is_ipv6() && folded.is_ipv4(), prefix) {
+            (false, prefix) => Ok(Self { address, prefix }),
+            (true, 96..) => Ok(Self {
+                address: folded,
+                prefix: prefix - 96,
+            }),
+            (true, _) => Err(refused()),
+        }
+    }
+
+    fn contains(&self, address: IpAddr) -> bool {
+        match (self.address, address) {
+            (IpAddr::V4(network), IpAddr::V4(address)) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix)).unwrap_or(0);
+                (network.to_bits() ^ address.to_bits()) & mask == 0
+            }
+            (IpAddr::V6(network), IpAddr::V6(address)) => {
+                first_bits(network, self.prefix) == first_bits(address, self.prefix)
+            }
+            _ => false,
+        }
+    }
+}
+
+fn first_bits(address: Ipv6Addr, bits: u8) -> u128 {
+    let mask = u128::MAX.checked_shl(128 - u32::from(bits)).unwrap_or(0);
+    address.to_bits() & mask
+}
+
+/// An IPv4 address that is written as an IPv6 one is the IPv4 address.
+fn fold(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(address, IpAddr::V4),
+        IpAddr::V4(_) => address,
+    }
+}
+
+/// A chain has a hop for each proxy; more than these only an attacker writes.
+const MOST_HOPS: usize = 64;
+
+impl Default for ClientIp {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ClientIp {
+    /// The peer of the connection; no proxy is trusted.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            trusted: Vec::new(),
+            forwarded: Forwarded::default(),
+            ipv6_prefix: 64,
+        }
+    }
+
+    /// Trusts the proxies of a network: `10.0.0.0/8`, `fd00::/8`, or one address. May be called for several.
+    ///
+    /// # Errors
+    ///
+    /// What is no network.
+    pub fn trust(mut self, network: &str) -> Result<Self, ConfigError> {
+        self.trusted.push(Network::parse(network)?);
+        Ok(self)
+    }
+
+    /// Which header field the trusted proxies write. Default: [`Forwarded::XForwardedFor`]. It must be one that they do write: one
+    /// that they pass on unchanged is the client's.
+    #[must_use]
+    pub fn forwarded(mut self, field: Forwarded) -> Self {
+        self.forwarded = field;
+        self
+    }
+
+    /// How many bits of an IPv6 address tell clients apart, 32 to 128. Default: 64.
+    ///
+    /// # Errors
+    ///
+    /// A number outside this range.
+    pub fn ipv6_prefix(mut self, bits: u8) -> Result<Self, ConfigError> {
+        self.ipv6_prefix = within("ipv6_prefix", bits, &(32..=128))?;
+        Ok(self)
+    }
+
+    /// The client's address, whole: for a log. `None` if the peer's address is not known.
+    #[must_use]
+    pub fn of<B>(&self, request: &Request<B>) -> Option<IpAddr> {
+        let peer = fold(peer(request)?);
+        if !self.trusts(peer) {
+            return Some(peer);
+        }
+        let mut client = peer;
+        for hop in self.hops(request).take(MOST_HOPS) {
+            let Some(address) = hop else {
+                break;
+            };
+            client = fold(address);
+            if !self.trusts(client) {
+                break;
+            }
+        }
+        Some(client)
+    }
+
+    fn trusts(&self, address: IpAddr) -> bool {
+        self.trusted.iter().any(|network| network.contains(address))
+    }
+
+    /// The hops that proxies have written, the latest first: `None` for one that is no address. Lines are one list, in order.
+    fn hops<'a, B>(&self, request: &'a Request<B>) -> impl Iterator<Item = Option<IpAddr>> + use<'a, B> {
+        const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+        let (name, parse): (_, fn(&[u8]) -> Option<IpAddr>) = match self.forwarded {
+            Forwarded::XForwardedFor => (X_FORWARDED_FOR, address),
+            Forwarded::Rfc7239 => (FORWARDED, forwarded_for),
+        };
+        let lines = request.headers().get_all(name).into_iter().rev();
+        lines.flat_map(|line| elements(line.as_bytes()).rev()).map(parse)
+    }
+}
+
+/// The elements of a list.
+///
+/// Commas inside quoted strings separate too: of what RFC 7239 has inside quotes nothing has one, and to take a client's open
+/// quotation mark for the beginning of a string would have it swallow what the proxies wrote behind it.
+fn elements(line: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
+    line.split(|byte| *byte == b',').map(<[u8]>::trim_ascii)
+}
+
+/// An address, with a port or a zone perhaps: `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]:80`, `fe80::1%eth0`.
+fn address(text: &[u8]) -> Option<IpAddr> {
+    // The longest there is: an IPv6 address in brackets with a zone and a port.
+    const LONGEST: usize = 100;
+    let text = std::str::from_utf8(text).ok().filter(|text| text.len() <= LONGEST)?;
+    if let Some(rest) = text.strip_prefix('[') {
+        let (inside, port) = rest.split_once(']')?;
+        let valid = port.is_empty() || port.strip_prefix(':').is_some_and(|port| port.parse::<u16>().is_ok());
+        return if valid { v6(inside) } else { None };
+    }
+    if let Ok(v4) = text.parse::<Ipv4Addr>() {
+        return Some(v4.into());
+    }
+    match text.parse::<SocketAddr>() {
+        Ok(address) => Some(address.ip()),
+        Err(_) => v6(text),
+    }
+}
+
+fn v6(text: &str) -> Option<IpAddr> {
+    let address = text.split_once('%').map_or(text, |(address, _)| address);
+    address.parse::<Ipv6Addr>().ok().map(IpAddr::V6)
+}
+
+/// The `for` of an element of `Forwarded`. An obfuscated or unknown one is no address.
+fn forwarded_for(element: &[u8]) -> Option<IpAddr> {
+    let mut found = None;
+    for pair in element.split(|byte| *byte == b';') {
+        let at = pair.iter().position(|byte| *byte == b'=')?;
+        let (name, value) = (pair[..at].trim_ascii(), pair[at + 1..].trim_ascii());
+        if !name.eq_ignore_ascii_case(b"for") {
+            continue;
+        }
+        if found.is_some() {
+            return None;
+        }
+        let quoted = value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\""));
+        found = Some(address(quoted.unwrap_or(value))?);
+    }
+    found
+}
+
+fn peer<B>(request: &Request<B>) -> Option<IpAddr> {
+    let extensions = request.extensions();
+    #[cfg(feature = "axum")]
+    if let Some(axum::extract::ConnectInfo(peer)) = extensions.get::<axum::extract::ConnectInfo<SocketAddr>>() {
+        return Some(peer.ip());
+    }
+    #[cfg(feature = "tonic")]
+    if let Some(peer) = super::tonic::peer(extensions) {
+        return Some(peer.ip());
+    }
+    let socket = extensions.get::<SocketAddr>().map(SocketAddr::ip);
+    socket.or_else(|| extensions.get::<IpAddr>().copied())
+}
+
+impl<B> Key<Request<B>> for ClientIp {
+    fn hash_key<H: Hasher>(&self, request: &Request<B>, hasher: &mut H) -> bool {
+        let Some(client) = self.of(request) else {
+            return false;
+        };
+        match client {
+            IpAddr::V4(address) => address.hash(hasher),
+            IpAddr::V6(address) => first_bits(address, self.ipv6_prefix).hash(hasher),
+        }
+        true
+    }
+}
