@@ -112,19 +112,19 @@ impl Place {
         let core: &Core = &limiter.shared;
         let deadline = max_wait.map(|wait| now.saturating_add(wait));
         core.queue.serve(
-            |cost| core.state.take_in_line(cost, now),
+            |cost| core.state().take_in_line(cost, now),
             |waiters| {
                 if waiters.is_empty() {
-                    let taken = core.state.take(cost, now).or_else(|_| {
+                    let taken = core.state().take(cost, now).or_else(|_| {
                         core.queue.announce(waiters);
-                        core.state.take(cost, now)
+                        core.state().take(cost, now)
                     });
                     if let Ok(admission) = taken {
                         return (None, Look::Admitted(admission));
                     }
                 }
                 let before = waiters.cost();
-                let until = core.state.due_behind(waiters.costs(), before, cost, now);
+                let until = core.state().due_behind(waiters.costs(), before, cost, now);
                 if deadline.is_some_and(|deadline| until > deadline) {
                     return (None, Look::Refused { until });
                 }
@@ -143,13 +143,13 @@ impl Place {
     fn look(&self, waker: &Waker, now: Timestamp) -> Look {
         let core: &Core = &self.limiter.shared;
         let (turn, _replaced) = core.queue.serve(
-            |cost| core.state.take_in_line(cost, now),
+            |cost| core.state().take_in_line(cost, now),
             |waiters| waiters.turn(self.number, waker),
         );
         match turn {
             Turn::Served(admission) => Look::Admitted(admission),
             Turn::Waiting(cost) => {
-                let until = core.state.due(cost, now).max(core.state.peek(self.cost, now));
+                let until = core.state().due(cost, now).max(core.state().peek(self.cost, now));
                 if self.deadline.is_some_and(|deadline| now >= deadline) {
                     return Look::Refused { until };
                 }

@@ -1,4 +1,4 @@
-use super::bucket::{Bucket, Line, Short};
+use super::bucket::{Bucket, Level, Line, Scale, Short};
 use crate::{
     clock::{Timestamp, nanos},
     error::{ConfigError, duration, share, within},
@@ -230,7 +230,8 @@ impl Adaptive {
         };
         let state = AdaptiveState {
             config: *self,
-            bucket: Bucket::new(token, self.largest(), &line(self.highest()), false),
+            level: Level::full(&line(self.base_rate)),
+            scale: Scale::new(token, self.largest(), &line(self.highest()), false),
             used: AtomicU64::new(0),
             calls: AtomicU64::new(0),
             failures: AtomicU64::new(0),
@@ -278,7 +279,8 @@ pub(super) struct Moved {
 #[derive(Debug)]
 pub(super) struct AdaptiveState {
     config: Adaptive,
-    bucket: Bucket,
+    level: Level,
+    scale: Scale,
     /// Tokens taken in this window.
     used: AtomicU64,
     /// Outcomes of this window, and the failures among them.
@@ -328,6 +330,13 @@ impl Published {
 }
 
 impl AdaptiveState {
+    fn bucket(&self) -> Bucket<'_> {
+        Bucket {
+            level: &self.level,
+            scale: &self.scale,
+        }
+    }
+
     fn course(&self) -> MutexGuard<'_, Course> {
         self.course.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -354,7 +363,7 @@ impl AdaptiveState {
                 Line {
                     start: course.window_end,
                     base: course.line.made(course.window_end),
-                    mul: units_per_window(rate, self.bucket.token()),
+                    mul: units_per_window(rate, self.scale.token()),
                     div: window,
                 }
             } else {
@@ -440,12 +449,12 @@ impl AdaptiveState {
     }
 
     pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
-        let taken = self.bucket.take(&self.line(now), cost, now);
+        let taken = self.bucket().take(&self.line(now), cost, now);
         self.taken(taken, cost)
     }
 
     pub(super) fn take_in_line(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
-        let taken = self.bucket.take_in_line(&self.line(now), cost, now);
+        let taken = self.bucket().take_in_line(&self.line(now), cost, now);
         self.taken(taken, cost)
     }
 
@@ -456,13 +465,13 @@ impl AdaptiveState {
     }
 
     pub(super) fn give_back(&self, cost: u32, now: Timestamp) {
-        self.bucket.give_back(&self.line(now), cost, now);
+        self.bucket().give_back(&self.line(now), cost, now);
         let less = |used: u64| Some(used.saturating_sub(cost.into()));
         let _ = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 
     pub(super) fn charge(&self, cost: u32, now: Timestamp) {
-        self.bucket.charge(&self.line(now), cost, now);
+        self.bucket().charge(&self.line(now), cost, now);
         self.used.fetch_add(cost.into(), Ordering::Relaxed);
     }
 
@@ -478,21 +487,21 @@ impl AdaptiveState {
     }
 
     pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
-        let enough = self.bucket.peek(&self.line(now), cost, now);
+        let enough = self.bucket().peek(&self.line(now), cost, now);
         enough.map_or_else(|short| self.when(short), |()| now)
     }
 
     pub(super) fn due(&self, cost: u64, now: Timestamp) -> Timestamp {
-        let enough = self.bucket.peek_in_line(&self.line(now), cost, now);
+        let enough = self.bucket().peek_in_line(&self.line(now), cost, now);
         enough.map_or_else(|short| self.when(short), |()| now)
     }
 
     pub(super) fn full_again(&self, now: Timestamp) -> Timestamp {
-        let full = self.bucket.peek_full(&self.line(now), now);
+        let full = self.bucket().peek_full(&self.line(now), now);
         full.map_or_else(|short| self.when(short), |()| now)
     }
 
     pub(super) fn tokens(&self, now: Timestamp) -> f64 {
-        self.bucket.tokens(&self.line(now), now)
+        self.bucket().tokens(&self.line(now), now)
     }
 }

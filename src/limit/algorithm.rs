@@ -1,8 +1,12 @@
 //! The algorithms behind one handle, as an enum: one match, no boxes.
 
 use super::{
-    Adaptive, SlidingWindow, TokenBucket, adaptive::AdaptiveState, adaptive::Moved, sliding_window,
-    sliding_window::SlidingWindowState, token_bucket::TokenBucketState,
+    Adaptive, SlidingWindow, TokenBucket,
+    adaptive::AdaptiveState,
+    adaptive::Moved,
+    sliding_window,
+    sliding_window::SlidingWindowState,
+    token_bucket::{TokenBucketState, TokenBucketView},
 };
 use crate::{
     clock::{Timestamp, nanos},
@@ -118,6 +122,24 @@ pub(super) enum State {
 }
 
 impl State {
+    pub(super) fn view(&self) -> View<'_> {
+        match self {
+            Self::TokenBucket(state) => View::TokenBucket(state.view()),
+            Self::SlidingWindow(state) => View::SlidingWindow(state),
+            Self::Adaptive(state) => View::Adaptive(state),
+        }
+    }
+}
+
+/// The same, wherever the state is kept.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum View<'a> {
+    TokenBucket(TokenBucketView<'a>),
+    SlidingWindow(&'a SlidingWindowState),
+    Adaptive(&'a AdaptiveState),
+}
+
+impl View<'_> {
     /// Admits `cost`, at most the largest, or tells when a caller alone would be.
     pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<Admission, Timestamp> {
         match self {

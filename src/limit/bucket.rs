@@ -8,7 +8,7 @@
 //! # Why 64 bits are enough
 //!
 //! Both counts wrap round. Their difference is right as long as it is small, and so it is while somebody comes by now and then:
-//! the bucket holds at most a burst (no more than 2⁶¹ units) and owes at most as much. [`Bucket::touched`] remembers when
+//! the bucket holds at most a burst (no more than 2⁶¹ units) and owes at most as much. [`Level::touched`] remembers when
 //! somebody last did. Whoever comes [`TOUCH_AFTER`] or more later first writes off what has overflowed since and then touches
 //! the bucket; only then are tokens taken. So a bucket that has not been touched for [`FULL_AFTER`] has lain idle for the time
 //! of two bursts at least, and is full, whatever its wrapped difference seems to say; before that the difference is below 2⁶³.
@@ -91,12 +91,34 @@ fn difference(a: u64, b: u64) -> i64 {
 /// whoever sees what it took sees that the bucket is touched, if it looks at `touched` after `gone`. The other way round, who
 /// sees that it was touched might have seen a `gone` from before: two counts that lie too far apart to be compared. So a look
 /// counts only if `gone` is still what it was.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bucket<'a> {
+    pub(super) level: &'a Level,
+    pub(super) scale: &'a Scale,
+}
+
+/// What changes of a bucket: all that there is for each key of a keyed limiter.
 #[derive(Debug)]
-pub(super) struct Bucket {
+pub(super) struct Level {
     /// Units ever taken, or lost because the bucket was full; wraps.
     gone: AtomicU64,
     /// A time, in nanoseconds, at which the content was put right, not long before the last token was taken.
     touched: AtomicU64,
+}
+
+impl Level {
+    /// Full, if the line's base is the burst.
+    pub(super) fn full(line: &Line) -> Self {
+        Self {
+            gone: AtomicU64::new(0),
+            touched: AtomicU64::new(line.start.nanos()),
+        }
+    }
+}
+
+/// What does not change of a bucket.
+#[derive(Debug)]
+pub(super) struct Scale {
     /// Units a token.
     token: u64,
     /// The most that the bucket holds, in units.
@@ -109,16 +131,11 @@ pub(super) struct Bucket {
     full_after: u64,
 }
 
-impl Bucket {
-    /// The most units that a bucket may hold.
-    pub(super) const LARGEST: u64 = 1 << 61;
-
-    /// A full bucket, if the line's base is the burst. `fastest` is the line at its highest rate; at the lowest it must still
-    /// make two bursts in `FULL_AFTER - TOUCH_AFTER` of the fastest one's time.
+impl Scale {
+    /// `fastest` is the line at its highest rate; at the lowest it must still make two bursts in `FULL_AFTER - TOUCH_AFTER` of
+    /// the fastest one's time.
     pub(super) fn new(token: u64, burst: u32, fastest: &Line, strict: bool) -> Self {
         Self {
-            gone: AtomicU64::new(0),
-            touched: AtomicU64::new(fastest.start.nanos()),
             token,
             burst: (token * u64::from(burst)).cast_signed(),
             strict,
@@ -130,19 +147,24 @@ impl Bucket {
     pub(super) fn token(&self) -> u64 {
         self.token
     }
+}
+
+impl Bucket<'_> {
+    /// The most units that a bucket may hold.
+    pub(super) const LARGEST: u64 = 1 << 61;
 
     fn units(&self, cost: u32) -> i64 {
         // A cost is at most the burst. A true cost may be more: from a full bucket to the deepest debt it is two bursts.
         let most = 2 * Self::LARGEST;
-        self.token.saturating_mul(cost.into()).min(most).cast_signed()
+        self.scale.token.saturating_mul(cost.into()).min(most).cast_signed()
     }
 
     /// What is gone, and when the bucket was touched before that.
     fn counts(&self) -> (u64, u64) {
-        let mut gone = self.gone.load(Ordering::Acquire);
+        let mut gone = self.level.gone.load(Ordering::Acquire);
         loop {
-            let touched = self.touched.load(Ordering::Acquire);
-            let latest = self.gone.load(Ordering::Acquire);
+            let touched = self.level.touched.load(Ordering::Acquire);
+            let latest = self.level.gone.load(Ordering::Acquire);
             if latest == gone {
                 return (gone, touched);
             }
@@ -154,11 +176,11 @@ impl Bucket {
     fn look(&self, line: &Line, now: Timestamp) -> Look {
         let (gone, touched) = self.counts();
         // A thread that lies so far behind that the difference would be ambiguous takes the later time that others have read.
-        let now = now.max(Timestamp::from_nanos(touched.saturating_sub(self.touch_after)));
+        let now = now.max(Timestamp::from_nanos(touched.saturating_sub(self.scale.touch_after)));
         let since = now.nanos().saturating_sub(touched);
         let made = line.made(now);
-        let content = if since > self.full_after {
-            self.burst
+        let content = if since > self.scale.full_after {
+            self.scale.burst
         } else {
             difference(made, gone)
         };
@@ -167,7 +189,7 @@ impl Bucket {
             made,
             content,
             now,
-            wants_touch: since > self.touch_after,
+            wants_touch: since > self.scale.touch_after,
         }
     }
 
@@ -179,15 +201,15 @@ impl Bucket {
                 return look;
             }
             // A full bucket stays as full as it is: only a taker settles what becomes of the unit in the making.
-            let content = look.content.min(self.burst).cast_unsigned();
+            let content = look.content.min(self.scale.burst).cast_unsigned();
             if self.replace(look.gone, look.made.wrapping_sub(content)) {
-                self.touched.fetch_max(look.now.nanos(), Ordering::AcqRel);
+                self.level.touched.fetch_max(look.now.nanos(), Ordering::AcqRel);
             }
         }
     }
 
     /// The content once all above `most` has overflowed, and what counts as made then.
-    fn level(&self, line: &Line, look: &Look, most: i64) -> (i64, u64) {
+    fn level_of(&self, line: &Line, look: &Look, most: i64) -> (i64, u64) {
         if look.content < most {
             (look.content, look.made)
         } else {
@@ -198,19 +220,20 @@ impl Bucket {
     /// What counts as made where a content is set instead of moved, at the top of the bucket or at the bottom of its debt: the
     /// whole truth, rounded up.
     fn made_at_an_end(&self, line: &Line, look: &Look) -> u64 {
-        let unfinished = self.strict && line.is_between(look.now);
+        let unfinished = self.scale.strict && line.is_between(look.now);
         look.made.wrapping_add(unfinished.into())
     }
 
     fn replace(&self, gone: u64, with: u64) -> bool {
-        self.gone
+        self.level
+            .gone
             .compare_exchange_weak(gone, with, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
     }
 
     /// Takes `cost` tokens (no more than the burst), or tells what is missing.
     pub(super) fn take(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), Short> {
-        self.take_from(line, cost, now, self.burst)
+        self.take_from(line, cost, now, self.scale.burst)
     }
 
     /// The same for those who wait in line. While somebody waits nothing overflows: had the waiter been served the moment it
@@ -223,7 +246,7 @@ impl Bucket {
         let need = self.units(cost);
         loop {
             let look = self.look_and_touch(line, now);
-            let (content, made) = self.level(line, &look, most);
+            let (content, made) = self.level_of(line, &look, most);
             look.enough(content.into(), need.into())?;
             let left = (content - need).cast_unsigned();
             if self.replace(look.gone, made.wrapping_sub(left)) {
@@ -235,19 +258,19 @@ impl Bucket {
     /// The answer of [`take`](Self::take), without taking.
     pub(super) fn peek(&self, line: &Line, cost: u32, now: Timestamp) -> Result<(), Short> {
         let look = self.look(line, now);
-        look.enough(look.content.min(self.burst).into(), self.units(cost).into())
+        look.enough(look.content.min(self.scale.burst).into(), self.units(cost).into())
     }
 
     /// What is missing to a full bucket.
     pub(super) fn peek_full(&self, line: &Line, now: Timestamp) -> Result<(), Short> {
         let look = self.look(line, now);
-        look.enough(look.content.into(), self.burst.into())
+        look.enough(look.content.into(), self.scale.burst.into())
     }
 
     /// What is missing for a line of waiters that cost so much together, one after the other.
     pub(super) fn peek_in_line(&self, line: &Line, cost: u64, now: Timestamp) -> Result<(), Short> {
         let look = self.look(line, now);
-        look.enough(look.content.into(), i128::from(self.token) * i128::from(cost))
+        look.enough(look.content.into(), i128::from(self.scale.token) * i128::from(cost))
     }
 
     /// Gives tokens back. The bucket still holds no more than its burst.
@@ -258,7 +281,7 @@ impl Bucket {
     /// Takes tokens that have been used already: the bucket goes into debt, by at most one burst.
     pub(super) fn charge(&self, line: &Line, cost: u32, now: Timestamp) {
         self.change(line, now, |content| {
-            let least = content.min(-self.burst);
+            let least = content.min(-self.scale.burst);
             (content - self.units(cost)).max(least)
         });
     }
@@ -266,13 +289,13 @@ impl Bucket {
     fn change(&self, line: &Line, now: Timestamp, change: impl Fn(i64) -> i64) {
         loop {
             let look = self.look_and_touch(line, now);
-            let (before, made) = self.level(line, &look, self.burst);
-            let content = change(before).min(self.burst);
+            let (before, made) = self.level_of(line, &look, self.scale.burst);
+            let content = change(before).min(self.scale.burst);
             // At an end it is set anew: the unit in the making has grown since.
-            if content == before && content.abs() != self.burst {
+            if content == before && content.abs() != self.scale.burst {
                 return;
             }
-            let made = if content.abs() < self.burst {
+            let made = if content.abs() < self.scale.burst {
                 made
             } else {
                 self.made_at_an_end(line, &look)
@@ -285,8 +308,8 @@ impl Bucket {
 
     /// The content in tokens; nothing while in debt.
     pub(super) fn tokens(&self, line: &Line, now: Timestamp) -> f64 {
-        let content = self.look(line, now).content.clamp(0, self.burst);
-        content as f64 / self.token as f64
+        let content = self.look(line, now).content.clamp(0, self.scale.burst);
+        content as f64 / self.scale.token as f64
     }
 }
 

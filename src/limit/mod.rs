@@ -27,7 +27,7 @@ use crate::{
     stripe::{Stripe, Striped},
     subscribe::Events,
 };
-use algorithm::{Admission, State};
+use algorithm::{Admission, State, View};
 use queue::Queue;
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
@@ -139,9 +139,13 @@ impl RateLimiterBuilder {
 }
 
 impl Core {
+    fn state(&self) -> View<'_> {
+        self.state.view()
+    }
+
     /// Lets time do what is due.
     fn roll(&self, now: Timestamp) {
-        if let Some(moved) = self.state.roll(now) {
+        if let Some(moved) = self.state().roll(now) {
             let kind = EventKind::RateChanged {
                 from: moved.from,
                 to: moved.to,
@@ -155,21 +159,21 @@ impl Core {
     /// not enough for it brings its time nearer all the same.
     fn serve(&self, now: Timestamp) {
         if !self.queue.is_empty_after_giving() {
-            self.queue.serve(|cost| self.state.take_in_line(cost, now), |_| ());
+            self.queue.serve(|cost| self.state().take_in_line(cost, now), |_| ());
             self.queue.wake_front();
         }
     }
 
     /// Until when the front of the line may sleep that is due at `until`: the rate may have changed before.
     fn settled(&self, until: Timestamp, now: Timestamp) -> Timestamp {
-        self.state
+        self.state()
             .next_move(now)
             .map_or(until, |next_move| until.min(next_move))
     }
 
     fn give_back(&self, admission: Admission, cost: u32, now: Timestamp) {
         self.roll(now);
-        if cost > 0 && self.state.give_back(admission, cost, now) {
+        if cost > 0 && self.state().give_back(admission, cost, now) {
             self.serve(now);
         }
     }
@@ -183,14 +187,14 @@ impl Core {
         self.roll(now);
         // Who is due is served first: a correction lets overflow what came while they waited.
         self.serve(now);
-        self.state.correct(reserved, cost, now);
+        self.state().correct(reserved, cost, now);
         self.serve(now);
     }
 
     fn learn(&self, outcome: Outcome, now: &Reading) {
-        if self.state.learns() {
+        if self.state().learns() {
             self.roll(now.at(&self.clock));
-            self.state.learn(outcome);
+            self.state().learn(outcome);
         }
     }
 
@@ -215,7 +219,7 @@ impl Core {
     /// A call of this cost is refused until then.
     fn over_limit(&self, cost: u32, until: Timestamp, now: Timestamp) -> Rejected {
         let told = Told {
-            of: self.state.advertised(&self.algorithm, now),
+            of: self.state().advertised(&self.algorithm, now),
             // Where one request is refused nothing is left.
             remaining: if cost > 1 { self.whole_available(now) } else { 0 },
         };
@@ -224,7 +228,7 @@ impl Core {
 
     /// What is there now for somebody who comes, in requests.
     fn available(&self, now: Timestamp) -> f64 {
-        (self.state.available(now) - self.queue.cost() as f64).max(0.0)
+        (self.state().available(now) - self.queue.cost() as f64).max(0.0)
     }
 
     #[expect(
@@ -237,8 +241,8 @@ impl Core {
     }
 
     fn quota(&self, now: Timestamp) -> Quota {
-        let reset = self.state.full_again(now).duration_since(now);
-        let advertised = self.state.advertised(&self.algorithm, now);
+        let reset = self.state().full_again(now).duration_since(now);
+        let advertised = self.state().advertised(&self.algorithm, now);
         advertised.quota(self.limit.clone(), self.whole_available(now).into(), reset)
     }
 
@@ -250,7 +254,7 @@ impl Core {
         }
         let now = self.clock.now();
         let told = Told {
-            of: self.state.advertised(&self.algorithm, now),
+            of: self.state().advertised(&self.algorithm, now),
             remaining: self.whole_available(now),
         };
         Err(self.rejected(Reason::CostExceedsBurst { cost, burst }, None, Some(told)))
@@ -309,15 +313,15 @@ impl RateLimiter {
         let now = now.at(&core.clock);
         core.roll(now);
         let taken = if core.queue.is_empty() {
-            core.state.take(cost, now)
+            core.state().take(cost, now)
         } else {
             core.queue.serve(
-                |cost| core.state.take_in_line(cost, now),
+                |cost| core.state().take_in_line(cost, now),
                 |waiters| {
                     if waiters.is_empty() {
-                        core.state.take(cost, now)
+                        core.state().take(cost, now)
                     } else {
-                        Err(core.state.due_behind(waiters.costs(), waiters.cost(), cost, now))
+                        Err(core.state().due_behind(waiters.costs(), waiters.cost(), cost, now))
                     }
                 },
             )
@@ -365,8 +369,8 @@ impl RateLimiter {
         let now = now.at(&core.clock);
         let waiting = core.queue.cost();
         let until = match waiting {
-            0 => core.state.peek(cost, now),
-            _ => core.state.due(waiting + u64::from(cost), now),
+            0 => core.state().peek(cost, now),
+            _ => core.state().due(waiting + u64::from(cost), now),
         };
         (now < until).then(|| core.over_limit(cost, until, now))
     }

@@ -95,7 +95,7 @@ impl RateLimiterStatus {
             service: core.service.clone(),
             name: core.limit.clone(),
             kind: core.algorithm.as_str(),
-            rate: core.state.adaptive_rate(now).unwrap_or(limit.into()),
+            rate: core.state().adaptive_rate(now).unwrap_or(limit.into()),
             period,
             burst: core.algorithm.largest(),
             available_tokens: core.available(now),

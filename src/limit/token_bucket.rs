@@ -1,4 +1,4 @@
-use super::bucket::{Bucket, Line, Short};
+use super::bucket::{Bucket, Level, Line, Scale, Short};
 use crate::{
     clock::{Timestamp, nanos},
     error::{ConfigError, duration, within},
@@ -88,7 +88,7 @@ impl TokenBucket {
         (token, made / common, period / common)
     }
 
-    pub(super) fn build(&self, now: Timestamp) -> Result<TokenBucketState, ConfigError> {
+    pub(super) fn shape(&self, now: Timestamp) -> Result<TokenBucketShape, ConfigError> {
         self.validate()?;
         let (token, mul, div) = self.scale();
         let line = Line {
@@ -97,9 +97,17 @@ impl TokenBucket {
             mul,
             div,
         };
-        Ok(TokenBucketState {
-            bucket: Bucket::new(token, self.largest(), &line, true),
+        Ok(TokenBucketShape {
+            scale: Scale::new(token, self.largest(), &line, true),
             line,
+        })
+    }
+
+    pub(super) fn build(&self, now: Timestamp) -> Result<TokenBucketState, ConfigError> {
+        let shape = self.shape(now)?;
+        Ok(TokenBucketState {
+            level: shape.full(),
+            shape,
         })
     }
 }
@@ -108,37 +116,73 @@ fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
+/// What all buckets of one limit have in common.
 #[derive(Debug)]
-pub(super) struct TokenBucketState {
-    bucket: Bucket,
+pub(super) struct TokenBucketShape {
+    scale: Scale,
     line: Line,
 }
 
+impl TokenBucketShape {
+    /// A full bucket of this shape, whenever it is made.
+    pub(super) fn full(&self) -> Level {
+        Level::full(&self.line)
+    }
+
+    pub(super) fn of<'a>(&'a self, level: &'a Level) -> TokenBucketView<'a> {
+        TokenBucketView {
+            bucket: Bucket {
+                level,
+                scale: &self.scale,
+            },
+            line: &self.line,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct TokenBucketState {
+    level: Level,
+    shape: TokenBucketShape,
+}
+
 impl TokenBucketState {
+    pub(super) fn view(&self) -> TokenBucketView<'_> {
+        self.shape.of(&self.level)
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TokenBucketView<'a> {
+    bucket: Bucket<'a>,
+    line: &'a Line,
+}
+
+impl TokenBucketView<'_> {
     pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
-        let taken = self.bucket.take(&self.line, cost, now);
+        let taken = self.bucket.take(self.line, cost, now);
         taken.map_err(|short| self.line.when(short))
     }
 
     pub(super) fn take_in_line(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
-        let taken = self.bucket.take_in_line(&self.line, cost, now);
+        let taken = self.bucket.take_in_line(self.line, cost, now);
         taken.map_err(|short| self.line.when(short))
     }
 
     pub(super) fn give_back(&self, cost: u32, now: Timestamp) {
-        self.bucket.give_back(&self.line, cost, now);
+        self.bucket.give_back(self.line, cost, now);
     }
 
     pub(super) fn charge(&self, cost: u32, now: Timestamp) {
-        self.bucket.charge(&self.line, cost, now);
+        self.bucket.charge(self.line, cost, now);
     }
 
     pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
-        self.when(self.bucket.peek(&self.line, cost, now), now)
+        self.when(self.bucket.peek(self.line, cost, now), now)
     }
 
     pub(super) fn due(&self, cost: u64, now: Timestamp) -> Timestamp {
-        self.when(self.bucket.peek_in_line(&self.line, cost, now), now)
+        self.when(self.bucket.peek_in_line(self.line, cost, now), now)
     }
 
     fn when(&self, enough: Result<(), Short>, now: Timestamp) -> Timestamp {
@@ -146,10 +190,10 @@ impl TokenBucketState {
     }
 
     pub(super) fn full_again(&self, now: Timestamp) -> Timestamp {
-        self.when(self.bucket.peek_full(&self.line, now), now)
+        self.when(self.bucket.peek_full(self.line, now), now)
     }
 
     pub(super) fn tokens(&self, now: Timestamp) -> f64 {
-        self.bucket.tokens(&self.line, now)
+        self.bucket.tokens(self.line, now)
     }
 }
