@@ -27,6 +27,7 @@ mod limit;
 mod lazy_status;
 mod permit;
 mod rejected;
+mod shards;
 
 mod clock;
 mod error;
@@ -51,8 +52,9 @@ pub use crate::{
     event::{Event, EventKind, ListenerId},
     guard::{CircuitBreakerLayer, Guard, GuardLayer, RateLimitLayer, ResponseFuture},
     limit::{
-        Acquire, Adaptive, Algorithm, RateLimitPermit, RateLimiter, RateLimiterBuilder, RateLimiterStatus,
-        RejectedByLimit, SlidingWindow, TokenBucket,
+        Acquire, Adaptive, Algorithm, KeyStatus, KeyedPermit, KeyedRateLimiter, KeyedRateLimiterBuilder, KeysStatus,
+        RateLimitPermit, RateLimiter, RateLimiterBuilder, RateLimiterStatus, RejectedByLimit, SlidingWindow,
+        TokenBucket,
     },
     metrics::MetricsFormat,
     name::Name,

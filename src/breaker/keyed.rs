@@ -11,21 +11,19 @@ use crate::{
     event::{Event, Hub, Listener, ListenerId},
     name::Name,
     rejected::{Reason, Rejected},
+    shards::{Seed, Shards},
     state::{State, StateTransitions},
     stripe::Striped,
     subscribe::Events,
 };
 use std::{
-    collections::HashMap,
     fmt,
-    hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash, Hasher, RandomState},
+    hash::{DefaultHasher, Hash},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
-
-const SHARDS: usize = 32;
 
 /// How many keys a new one looks at for one to evict, at most.
 const LOOKS: usize = 16;
@@ -72,16 +70,14 @@ struct Set {
     config: CircuitBreakerConfig,
     settings: Settings,
     max_keys: usize,
-    seed: RandomState,
+    seed: Seed,
     hub: Arc<Hub>,
-    shards: [RwLock<Shard>; SHARDS],
+    shards: Shards<Entry>,
     books: Mutex<Books>,
     overflow: CircuitBreaker,
     /// Calls that were rejected because they had no key.
     keyless: AtomicU64,
 }
-
-type Shard = HashMap<u64, Entry, BuildHasherDefault<Hashed>>;
 
 struct Entry {
     breaker: CircuitBreaker,
@@ -115,22 +111,6 @@ impl Sums {
         self.transitions.open_to_half_open += transitions.open_to_half_open;
         self.transitions.half_open_to_open += transitions.half_open_to_open;
         self.transitions.half_open_to_closed += transitions.half_open_to_closed;
-    }
-}
-
-/// The hash of what is a good hash already.
-#[derive(Default)]
-struct Hashed(u64);
-
-impl Hasher for Hashed {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("a fingerprint is written whole")
-    }
-    fn write_u64(&mut self, fingerprint: u64) {
-        self.0 = fingerprint;
     }
 }
 
@@ -193,9 +173,9 @@ impl KeyedCircuitBreakerBuilder {
                 config: self.config,
                 settings,
                 max_keys,
-                seed: RandomState::new(),
+                seed: Seed::default(),
                 hub,
-                shards: std::array::from_fn(|_| RwLock::default()),
+                shards: Shards::default(),
                 books: Mutex::default(),
                 overflow: CircuitBreaker {
                     shared: Striped::new(overflow),
@@ -207,11 +187,6 @@ impl KeyedCircuitBreakerBuilder {
 }
 
 impl Set {
-    fn shard(&self, fingerprint: u64) -> &RwLock<Shard> {
-        // The map takes the upper and the lowest bits.
-        &self.shards[(fingerprint >> 32) as usize % SHARDS]
-    }
-
     fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -230,7 +205,7 @@ impl Set {
     }
 
     fn find(&self, fingerprint: u64) -> Option<CircuitBreaker> {
-        let shard = read(self.shard(fingerprint));
+        let shard = self.shards.read(fingerprint);
         let entry = shard.get(&fingerprint)?;
         // A line that is written once is a line that readers share.
         if !entry.used.load(Ordering::Relaxed) {
@@ -263,7 +238,7 @@ impl Set {
             breaker: breaker.clone(),
             used: AtomicBool::new(true),
         };
-        write(self.shard(fingerprint)).insert(fingerprint, entry);
+        self.shards.write(fingerprint).insert(fingerprint, entry);
         drop(books);
         drop(evicted);
         breaker
@@ -279,7 +254,7 @@ impl Set {
             let place = (first + look % looks) % keys;
             books.hand = (place + 1) % keys;
             let fingerprint = books.ring[place];
-            let mut shard = write(self.shard(fingerprint));
+            let mut shard = self.shards.write(fingerprint);
             let Some(entry) = shard.get_mut(&fingerprint) else {
                 unreachable!("the ring and the shards hold the same keys")
             };
@@ -302,14 +277,6 @@ impl Set {
     fn is_as_new(&self, breaker: &mut CircuitBreaker, now: Timestamp) -> bool {
         breaker.shared.is_sole() && breaker.shared.machine().is_as_new(now) && *breaker.shared.config() == self.config
     }
-}
-
-fn read(shard: &RwLock<Shard>) -> RwLockReadGuard<'_, Shard> {
-    shard.read().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn write(shard: &RwLock<Shard>) -> RwLockWriteGuard<'_, Shard> {
-    shard.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl KeyedCircuitBreaker {
@@ -343,18 +310,17 @@ impl KeyedCircuitBreaker {
     /// All that is kept of a key, and how [`status`](Self::status) shows it, in hexadecimal. Every set has other fingerprints.
     #[must_use]
     pub fn fingerprint(&self, key: &(impl Hash + ?Sized)) -> u64 {
-        self.set.seed.hash_one(key)
+        self.set.seed.fingerprint(key)
     }
 
     /// The fingerprint of what is written, if it says so.
     pub(crate) fn fingerprint_with(&self, write: impl FnOnce(&mut DefaultHasher) -> bool) -> Option<u64> {
-        let mut hasher = self.set.seed.build_hasher();
-        write(&mut hasher).then(|| hasher.finish())
+        self.set.seed.fingerprint_with(write)
     }
 
     /// The fingerprint of no key.
     pub(crate) fn keyless(&self) -> u64 {
-        self.set.seed.build_hasher().finish()
+        self.set.seed.keyless()
     }
 
     pub(crate) fn breaker(&self, fingerprint: u64) -> CircuitBreaker {
@@ -428,8 +394,8 @@ impl KeyedCircuitBreaker {
         let books = set.books();
         sums.counts = books.retired.counts;
         sums.transitions = books.retired.transitions;
-        for shard in &set.shards {
-            for (fingerprint, entry) in &*read(shard) {
+        for shard in set.shards.each() {
+            for (fingerprint, entry) in &*shard {
                 let view = entry.breaker.shared.machine().view(now);
                 sums.add(&entry.breaker, view.transitions);
                 match view.state {

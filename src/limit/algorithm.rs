@@ -4,9 +4,10 @@ use super::{
     Adaptive, SlidingWindow, TokenBucket,
     adaptive::AdaptiveState,
     adaptive::Moved,
+    bucket::Level,
     sliding_window,
     sliding_window::SlidingWindowState,
-    token_bucket::{TokenBucketState, TokenBucketView},
+    token_bucket::{TokenBucketShape, TokenBucketState, TokenBucketView},
 };
 use crate::{
     clock::{Timestamp, nanos},
@@ -79,6 +80,18 @@ impl Algorithm {
         }
     }
 
+    /// What makes the states of a keyed limiter.
+    pub(super) fn cells(&self, now: Timestamp) -> Result<Cells, ConfigError> {
+        self.validate()?;
+        Ok(match self {
+            Self::TokenBucket(config) => Cells::TokenBuckets(config.shape(now)?),
+            Self::SlidingWindow(_) | Self::Adaptive(_) => Cells::Others {
+                algorithm: *self,
+                start: now,
+            },
+        })
+    }
+
     pub(super) fn build(&self, now: Timestamp) -> Result<State, ConfigError> {
         Ok(match self {
             Self::TokenBucket(config) => State::TokenBucket(config.build(now)?),
@@ -127,6 +140,45 @@ impl State {
             Self::TokenBucket(state) => View::TokenBucket(state.view()),
             Self::SlidingWindow(state) => View::SlidingWindow(state),
             Self::Adaptive(state) => View::Adaptive(state),
+        }
+    }
+}
+
+/// What the keys of one limiter have in common.
+#[derive(Debug)]
+pub(super) enum Cells {
+    TokenBuckets(TokenBucketShape),
+    /// All count from one instant: what one key was given cannot pass for what another is.
+    Others {
+        algorithm: Algorithm,
+        start: Timestamp,
+    },
+}
+
+/// What a keyed limiter keeps of each key.
+#[derive(Debug)]
+pub(super) enum Cell {
+    TokenBucket(Level),
+    Other(Box<State>),
+}
+
+impl Cells {
+    /// The state of a new key: nothing has been used.
+    pub(super) fn full(&self) -> Cell {
+        match self {
+            Self::TokenBuckets(shape) => Cell::TokenBucket(shape.full()),
+            Self::Others { algorithm, start } => match algorithm.build(*start) {
+                Ok(state) => Cell::Other(Box::new(state)),
+                Err(_) => unreachable!("validated when the cells were made"),
+            },
+        }
+    }
+
+    pub(super) fn view<'a>(&'a self, cell: &'a Cell) -> View<'a> {
+        match (self, cell) {
+            (Self::TokenBuckets(shape), Cell::TokenBucket(level)) => View::TokenBucket(shape.of(level)),
+            (_, Cell::Other(state)) => state.view(),
+            (Self::Others { .. }, Cell::TokenBucket(_)) => unreachable!("made by these cells"),
         }
     }
 }
@@ -279,6 +331,16 @@ impl View<'_> {
             }
         };
         Advertised::new(burst, window)
+    }
+
+    /// What is there now, in whole requests.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "between nothing and the burst, which is an u32"
+    )]
+    pub(super) fn whole_available(&self, now: Timestamp) -> u32 {
+        self.available(now).max(0.0) as u32
     }
 
     /// The adaptive rate now.

@@ -4,6 +4,7 @@ mod acquire;
 mod adaptive;
 mod algorithm;
 mod bucket;
+mod keyed;
 mod queue;
 mod sliding_window;
 mod status;
@@ -12,8 +13,9 @@ mod token_bucket;
 pub use acquire::Acquire;
 pub use adaptive::Adaptive;
 pub use algorithm::Algorithm;
+pub use keyed::{KeyedPermit, KeyedRateLimiter, KeyedRateLimiterBuilder};
 pub use sliding_window::SlidingWindow;
-pub use status::{RateLimiterStatus, RejectedByLimit};
+pub use status::{KeyStatus, KeysStatus, RateLimiterStatus, RejectedByLimit};
 pub use token_bucket::TokenBucket;
 
 use crate::{
@@ -29,6 +31,7 @@ use crate::{
 };
 use algorithm::{Admission, State, View};
 use queue::Queue;
+use status::Seen;
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 /// The striped counters, by index.
@@ -38,8 +41,15 @@ mod counter {
     pub(super) const RETURNED: usize = 2;
     pub(super) const REJECTED_OVER_LIMIT: usize = 3;
     pub(super) const REJECTED_COST: usize = 4;
-    pub(super) const COUNTERS: usize = 5;
+    /// Of keyed limiters: calls that met the overflow, calls without a key that met a shared quota or none, and those rejected.
+    pub(super) const OVERFLOWED: usize = 5;
+    pub(super) const KEYLESS: usize = 6;
+    pub(super) const REJECTED_KEYLESS: usize = 7;
+    pub(super) const COUNTERS: usize = 8;
 }
+
+/// The name of a limit that has none.
+pub(crate) const DEFAULT_LIMIT: &str = "default";
 
 struct Core {
     service: Name,
@@ -275,7 +285,7 @@ impl RateLimiter {
     pub fn builder(service: impl Into<String>, algorithm: impl Into<Algorithm>) -> RateLimiterBuilder {
         RateLimiterBuilder {
             service: service.into(),
-            limit: "default".into(),
+            limit: DEFAULT_LIMIT.into(),
             clock: Clock::system(),
             algorithm: algorithm.into(),
         }
@@ -517,7 +527,16 @@ impl RateLimiter {
         let now = Reading::new();
         let at = now.at(self.clock());
         let core: &Core = &self.shared;
-        RateLimiterStatus::new(core, at, self.peek(1, &now), |counter| self.shared.sum(counter))
+        let seen = Seen {
+            service: &core.service,
+            limit: &core.limit,
+            algorithm: &core.algorithm,
+            rate: core.state().adaptive_rate(at),
+            available: core.available(at),
+            retry_after: self.peek(1, &now).and_then(|refusal| refusal.retry_after),
+            waiting: core.queue.len(),
+        };
+        RateLimiterStatus::new(&seen, |counter| self.shared.sum(counter))
     }
 
     /// Calls `listener` on every event of this limiter; see [`Event`] for how.

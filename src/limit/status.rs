@@ -1,5 +1,5 @@
-use super::{Algorithm, Core, counter};
-use crate::{clock::Timestamp, name::Name, rejected::Rejected};
+use super::{Algorithm, counter};
+use crate::name::Name;
 use std::time::Duration;
 
 /// A rate limiter at one moment: from [`RateLimiter::status`](crate::RateLimiter::status).
@@ -54,6 +54,9 @@ pub struct RateLimiterStatus {
     pub rejected: RejectedByLimit,
     /// Accepted by all requests, in percent; `None` while there were none.
     pub acceptance_rate: Option<f64>,
+    /// The keys, of a keyed limiter.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
+    pub keys: Option<KeysStatus>,
     /// What the limiter was made of.
     pub config: Algorithm,
 }
@@ -76,11 +79,71 @@ pub struct RejectedByLimit {
     pub over_limit: u64,
     /// The cost was above the burst.
     pub cost_exceeds_burst: u64,
+    /// A keyed limit found no key.
+    pub missing_key: u64,
+}
+
+/// The keys of a keyed limiter; part of [`RateLimiterStatus`].
+///
+/// ```
+/// # use portcullis::{KeyedRateLimiter, TokenBucket};
+/// # use std::time::Duration;
+/// let callers = KeyedRateLimiter::new("api", TokenBucket::new(1, Duration::from_secs(60)))?;
+/// callers.try_acquire("alice")?;
+/// let keys = callers.status().keys.unwrap();
+/// assert_eq!((keys.tracked, keys.max), (1, 10_000));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct KeysStatus {
+    /// Keys with a quota of their own.
+    pub tracked: usize,
+    /// The most that can be.
+    pub max: usize,
+    /// Keys that had their whole quota and made room for another.
+    pub evicted: u64,
+    /// Requests of new keys that found no room and met the overflow's quota.
+    pub overflow_requests: u64,
+    /// Requests without a key.
+    pub missing_key_requests: u64,
+    /// Up to ten tracked keys, those with the most rejections since they were last new.
+    pub most_rejected: Vec<KeyStatus>,
+}
+
+impl KeysStatus {
+    pub(super) const MOST_REJECTED: usize = 10;
+}
+
+/// One key of a keyed limiter; part of [`KeysStatus`].
+///
+/// See [`KeyedRateLimiter::fingerprint`](crate::KeyedRateLimiter::fingerprint) for an example.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct KeyStatus {
+    /// Its fingerprint, in hexadecimal. The key itself is not kept.
+    pub key: String,
+    /// How many of its requests were rejected.
+    pub rejected: u32,
+}
+
+/// What there is to see of a limiter, beside the counters.
+pub(super) struct Seen<'a> {
+    pub(super) service: &'a Name,
+    pub(super) limit: &'a Name,
+    pub(super) algorithm: &'a Algorithm,
+    /// Of an adaptive one.
+    pub(super) rate: Option<f64>,
+    pub(super) available: f64,
+    pub(super) retry_after: Option<Duration>,
+    pub(super) waiting: usize,
 }
 
 impl RateLimiterStatus {
-    pub(super) fn new(core: &Core, now: Timestamp, refusal: Option<Rejected>, count: impl Fn(usize) -> u64) -> Self {
-        let (limit, period) = match &core.algorithm {
+    pub(super) fn new(seen: &Seen<'_>, count: impl Fn(usize) -> u64) -> Self {
+        let (limit, period) = match seen.algorithm {
             Algorithm::TokenBucket(config) => (config.limit(), config.period()),
             Algorithm::SlidingWindow(config) => (config.max_requests(), config.window()),
             Algorithm::Adaptive(config) => (config.base_rate(), config.period()),
@@ -88,26 +151,28 @@ impl RateLimiterStatus {
         let rejected = RejectedByLimit {
             over_limit: count(counter::REJECTED_OVER_LIMIT),
             cost_exceeds_burst: count(counter::REJECTED_COST),
+            missing_key: count(counter::REJECTED_KEYLESS),
         };
         let accepted_requests = count(counter::ACCEPTED);
-        let rejected_requests = rejected.over_limit + rejected.cost_exceeds_burst;
+        let rejected_requests = rejected.over_limit + rejected.cost_exceeds_burst + rejected.missing_key;
         Self {
-            service: core.service.clone(),
-            name: core.limit.clone(),
-            kind: core.algorithm.as_str(),
-            rate: core.state().adaptive_rate(now).unwrap_or(limit.into()),
+            service: seen.service.clone(),
+            name: seen.limit.clone(),
+            kind: seen.algorithm.as_str(),
+            rate: seen.rate.unwrap_or(limit.into()),
             period,
-            burst: core.algorithm.largest(),
-            available_tokens: core.available(now),
-            retry_after: refusal.and_then(|refusal| refusal.retry_after),
-            waiting: core.queue.len(),
+            burst: seen.algorithm.largest(),
+            available_tokens: seen.available,
+            retry_after: seen.retry_after,
+            waiting: seen.waiting,
             accepted_requests,
             accepted_cost: count(counter::ACCEPTED_COST),
             returned_requests: count(counter::RETURNED),
             rejected_requests,
             rejected,
             acceptance_rate: crate::numbers::percent(accepted_requests, accepted_requests + rejected_requests),
-            config: core.algorithm,
+            keys: None,
+            config: *seen.algorithm,
         }
     }
 }

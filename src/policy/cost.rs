@@ -15,6 +15,13 @@ pub trait Limiter<Req>: Gate<Reserved = ()> {
     /// The rejection that a call of this cost would meet, without taking or counting anything.
     fn refusal_of(&self, cost: u32, request: &Req, now: &Reading) -> Option<Rejected>;
 
+    /// The same, counted.
+    fn refuse_of(&self, cost: u32, request: &Req, now: &Reading) -> Option<Rejected> {
+        let why = self.refusal_of(cost, request, now)?;
+        self.count(&why, now);
+        Some(why)
+    }
+
     /// Admits a call of this cost, or rejects and counts it.
     ///
     /// # Errors
@@ -102,6 +109,10 @@ impl<L: Limiter<Req>, F: Fn(&Req) -> u32, Req> Policy<Req> for Cost<L, F> {
 
     fn refusal(&self, (): &(), request: &Req, now: &Reading) -> Option<Rejected> {
         self.limiter.refusal_of((self.cost)(request), request, now)
+    }
+
+    fn refuse(&self, (): &(), request: &Req, now: &Reading) -> Option<Rejected> {
+        self.limiter.refuse_of((self.cost)(request), request, now)
     }
 
     fn admit(&self, (): (), request: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {

@@ -12,16 +12,16 @@ pub struct Keyed<L, X> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Missing {
     /// It is rejected: [`Reason::MissingKey`](crate::Reason::MissingKey).
-    #[default]
     Reject,
     /// It shares one policy with all others that have none.
+    #[default]
     Shared,
     /// It is admitted.
     Exempt,
 }
 
 impl<L, X> Keyed<L, X> {
-    /// What becomes of requests without a key. Default: they are rejected.
+    /// What becomes of requests without a key. Default: they share one policy.
     #[must_use]
     pub fn missing(mut self, missing: Missing) -> Self {
         self.missing = missing;

@@ -64,6 +64,7 @@
 mod cost;
 mod keyed;
 mod keyed_breaker;
+mod keyed_limiter;
 mod not_ready;
 pub(crate) mod select;
 mod waiting;

@@ -1,0 +1,733 @@
+//! A limiter for each key, in bounded memory.
+//!
+//! A key that is tracked is found under its shard's lock for reading, and its limiter is taken from under the same lock: nobody
+//! takes from one that has been evicted. Whoever adds a key holds the books, one mutex for the whole set. Locks are taken in this
+//! order: books, shard; no user code runs under any.
+
+use super::{
+    Algorithm, RateLimiterStatus,
+    algorithm::{Admission, Cell, Cells, View},
+    counter,
+    status::{KeyStatus, KeysStatus, Seen},
+};
+use crate::{
+    clock::{Clock, Reading, Timestamp},
+    error::{ConfigError, within},
+    event::{Event, Hub, Listener, ListenerId},
+    name::Name,
+    permit::{Outcome, Permit, Verdict},
+    quota::Quota,
+    rejected::{Reason, Rejected, Told},
+    shards::{Seed, Shards},
+    stripe::{Stripe, Striped},
+    subscribe::Events,
+};
+use std::{
+    cmp::Reverse,
+    collections::BinaryHeap,
+    fmt,
+    hash::{DefaultHasher, Hash},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+/// How many keys that might have become idle a new key looks at, at most.
+const LOOKS: usize = 256;
+
+/// A rate limit for each key: a caller, a tenant, an address.
+///
+/// Every key has a quota of its own, by any of the three algorithms. Of a key only a 64-bit hash is kept, by `SipHash` with a random
+/// seed: keys of any length cost the same, and nobody can aim for another's. (Two of a million keys share a quota with a
+/// probability of one in 37 million.)
+///
+/// ```
+/// use portcullis::{KeyedRateLimiter, TokenBucket};
+/// use std::time::Duration;
+///
+/// let callers = KeyedRateLimiter::new("api", TokenBucket::new(1, Duration::from_secs(60)))?;
+/// callers.try_acquire("alice")?;
+/// assert!(callers.try_acquire("alice").is_err());
+/// callers.try_acquire("bob")?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// As a layer: [`by`](Self::by) says what the key of a request is.
+///
+/// # When the set is full
+///
+/// At most [`max_keys`](KeyedRateLimiterBuilder::max_keys) keys have a quota of their own. A new one then takes the place of one that
+/// has its whole quota back, so that an eviction hands nothing back that was spent. While there is none, all new keys share one
+/// *overflow* quota: a million invented keys together get what one caller gets. Those who are tracked keep their
+/// own. (An adaptive limiter's key that is evicted forgets what rate it had found.)
+///
+/// # Cost
+///
+/// For a key that is tracked: a hash, a lock shared with one key in 32 that is only read, and what the algorithm costs. A new key
+/// takes a mutex, for O(log keys); in a full set it looks at up to 256 keys that should be idle. If these are all in use, it
+/// meets the overflow, and the next new key looks at others.
+///
+/// Memory: about 60 to 110 bytes for each tracked key of a token bucket, its place in the maps included; for a sliding window 60
+/// more, and 8 for each request of its quota; for an adaptive limiter about 350 more.
+#[derive(Clone)]
+pub struct KeyedRateLimiter {
+    set: Striped<Set, { counter::COUNTERS }>,
+}
+
+type SetStripe = Stripe<Set, { counter::COUNTERS }>;
+
+struct Set {
+    service: Name,
+    limit: Name,
+    clock: Clock,
+    algorithm: Algorithm,
+    cells: Cells,
+    max_keys: usize,
+    seed: Seed,
+    hub: Hub,
+    shards: Shards<Entry>,
+    books: Mutex<Books>,
+    overflow: Cell,
+}
+
+struct Entry {
+    cell: Cell,
+    rejected: AtomicU32,
+}
+
+/// What has to be seen and changed together.
+#[derive(Default)]
+struct Books {
+    /// Every tracked key once, with a time before which it was not idle: it may have been used since, and is not idle yet then.
+    idle_from: BinaryHeap<Reverse<(Timestamp, u64)>>,
+    evicted: u64,
+}
+
+/// Makes a [`KeyedRateLimiter`]; from [`KeyedRateLimiter::builder`].
+///
+/// ```
+/// # use portcullis::{KeyedRateLimiter, SlidingWindow};
+/// # use std::time::Duration;
+/// let callers = KeyedRateLimiter::builder("api", SlidingWindow::new(100, Duration::from_secs(60)))
+///     .limit("per-caller")
+///     .max_keys(50_000)
+///     .build()?;
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+#[derive(Debug, Clone)]
+#[must_use = "a builder does nothing until `build`"]
+pub struct KeyedRateLimiterBuilder {
+    service: String,
+    limit: String,
+    clock: Clock,
+    algorithm: Algorithm,
+    max_keys: usize,
+}
+
+impl KeyedRateLimiterBuilder {
+    /// Names the limit, to tell several of one service apart. Default: `default`.
+    pub fn limit(mut self, limit: impl Into<String>) -> Self {
+        self.limit = limit.into();
+        self
+    }
+
+    /// How many keys have a quota of their own, 1 to 16,777,216. Default: 10,000.
+    pub fn max_keys(mut self, keys: usize) -> Self {
+        self.max_keys = keys;
+        self
+    }
+
+    /// Reads the time here. Default: [`Clock::system`].
+    pub fn clock(mut self, clock: impl Into<Clock>) -> Self {
+        self.clock = clock.into();
+        self
+    }
+
+    /// The set, empty.
+    ///
+    /// # Errors
+    ///
+    /// A name that is empty or longer than [`Name::MAX_LEN`]; a setting outside its range, named in the error.
+    pub fn build(self) -> Result<KeyedRateLimiter, ConfigError> {
+        let service = Name::new("name", &self.service)?;
+        let limit = Name::new("limit", &self.limit)?;
+        let max_keys = within("max_keys", self.max_keys, &(1..=1 << 24))?;
+        let cells = self.algorithm.cells(self.clock.now())?;
+        Ok(KeyedRateLimiter {
+            set: Striped::new(Set {
+                service,
+                limit,
+                clock: self.clock,
+                algorithm: self.algorithm,
+                max_keys,
+                seed: Seed::default(),
+                hub: Hub::default(),
+                shards: Shards::default(),
+                books: Mutex::default(),
+                overflow: cells.full(),
+                cells,
+            }),
+        })
+    }
+}
+
+/// Where a call was admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Key(u64),
+    Overflow,
+    /// It cost nothing.
+    Nowhere,
+}
+
+impl Set {
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn view<'a>(&'a self, cell: &'a Cell) -> View<'a> {
+        self.cells.view(cell)
+    }
+
+    /// Runs a step on a key's limiter, if it is tracked.
+    fn with<T>(&self, fingerprint: u64, step: impl FnOnce(View<'_>, &Entry) -> T) -> Option<T> {
+        let shard = self.shards.read(fingerprint);
+        let entry = shard.get(&fingerprint)?;
+        Some(step(self.view(&entry.cell), entry))
+    }
+
+    /// Runs a step on the limiter where a call was admitted, if it is there yet.
+    fn at<T>(&self, place: Place, step: impl FnOnce(View<'_>) -> T) -> Option<T> {
+        match place {
+            Place::Key(fingerprint) => self.with(fingerprint, |view, _| step(view)),
+            Place::Overflow => Some(step(self.view(&self.overflow))),
+            Place::Nowhere => None,
+        }
+    }
+
+    /// Runs a step on the key's limiter, new if the key is, or on the overflow's. A new one is shown to nobody before.
+    fn with_or_add<T>(&self, fingerprint: u64, now: Timestamp, step: impl Fn(View<'_>) -> T) -> (T, Place) {
+        if let Some(done) = self.with(fingerprint, |view, _| step(view)) {
+            return (done, Place::Key(fingerprint));
+        }
+        let mut books = self.books();
+        if let Some(done) = self.with(fingerprint, |view, _| step(view)) {
+            return (done, Place::Key(fingerprint));
+        }
+        if books.idle_from.len() >= self.max_keys && !self.evict(&mut books, now) {
+            drop(books);
+            return (step(self.view(&self.overflow)), Place::Overflow);
+        }
+        let entry = Entry {
+            cell: self.cells.full(),
+            rejected: AtomicU32::new(0),
+        };
+        let view = self.view(&entry.cell);
+        let done = step(view);
+        books.idle_from.push(Reverse((view.full_again(now), fingerprint)));
+        self.shards.write(fingerprint).insert(fingerprint, entry);
+        (done, Place::Key(fingerprint))
+    }
+
+    /// Takes out a key that has its whole quota. Each look at one that has not is paid for by the call that it made since.
+    fn evict(&self, books: &mut Books, now: Timestamp) -> bool {
+        for _ in 0..LOOKS {
+            let Some(mut next) = books.idle_from.peek_mut() else {
+                return false;
+            };
+            let Reverse((idle_from, fingerprint)) = *next;
+            if idle_from > now {
+                return false;
+            }
+            let mut shard = self.shards.write(fingerprint);
+            let full = shard
+                .get(&fingerprint)
+                .map(|entry| self.view(&entry.cell).full_again(now))
+                .filter(|full| *full > now);
+            if let Some(full) = full {
+                *next = Reverse((full, fingerprint));
+                continue;
+            }
+            let evicted = shard.remove(&fingerprint);
+            drop(shard);
+            std::collections::binary_heap::PeekMut::pop(next);
+            books.evicted += 1;
+            drop(evicted);
+            return true;
+        }
+        false
+    }
+
+    /// Whether a new key would meet the overflow, as far as can be told without evicting one.
+    fn overflows(&self, now: Timestamp) -> bool {
+        let books = self.books();
+        let full = books.idle_from.len() >= self.max_keys;
+        full && books
+            .idle_from
+            .peek()
+            .is_some_and(|Reverse((idle_from, _))| *idle_from > now)
+    }
+
+    fn told(&self, view: View<'_>, now: Timestamp) -> Told {
+        Told {
+            of: view.advertised(&self.algorithm, now),
+            remaining: view.whole_available(now),
+        }
+    }
+
+    fn rejected(&self, reason: Reason, told: Told) -> Rejected {
+        Rejected {
+            limit: Some(self.limit.clone()),
+            told: Some(told),
+            ..Rejected::new(self.service.clone(), reason)
+        }
+    }
+
+    fn over_limit(&self, view: View<'_>, until: Timestamp, now: Timestamp) -> Rejected {
+        self.rejected(Reason::OverLimit, self.told(view, now))
+            .retry_after(until.duration_since(now))
+    }
+
+    fn check_cost(&self, cost: u32, now: Timestamp) -> Result<(), Rejected> {
+        let burst = self.algorithm.largest();
+        if cost <= burst {
+            return Ok(());
+        }
+        let full = self.cells.full();
+        Err(self.rejected(
+            Reason::CostExceedsBurst { cost, burst },
+            self.told(self.view(&full), now),
+        ))
+    }
+}
+
+impl KeyedRateLimiter {
+    /// A limiter named `default` for the service of that name, for up to 10,000 keys.
+    ///
+    /// # Errors
+    ///
+    /// A setting outside its range, named in the error.
+    pub fn new(service: impl Into<String>, algorithm: impl Into<Algorithm>) -> Result<Self, ConfigError> {
+        Self::builder(service, algorithm).build()
+    }
+
+    /// Starts a limiter with more than the defaults.
+    pub fn builder(service: impl Into<String>, algorithm: impl Into<Algorithm>) -> KeyedRateLimiterBuilder {
+        KeyedRateLimiterBuilder {
+            service: service.into(),
+            limit: super::DEFAULT_LIMIT.into(),
+            clock: Clock::system(),
+            algorithm: algorithm.into(),
+            max_keys: 10_000,
+        }
+    }
+
+    /// Leave to make one call for this key now, or the reason why not.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::OverLimit`], with the exact time after which the key is admitted if nothing else uses its quota.
+    pub fn try_acquire(&self, key: &(impl Hash + ?Sized)) -> Result<KeyedPermit, Rejected> {
+        self.try_acquire_n(key, 1)
+    }
+
+    /// [`try_acquire`](Self::try_acquire) for a call that costs `cost`: all or nothing. A cost of zero is free.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::OverLimit`]; [`Reason::CostExceedsBurst`] for more than is ever there at once.
+    pub fn try_acquire_n(&self, key: &(impl Hash + ?Sized), cost: u32) -> Result<KeyedPermit, Rejected> {
+        self.acquire_at(self.fingerprint(key), cost, &Reading::new())
+    }
+
+    pub(crate) fn acquire_at(&self, fingerprint: u64, cost: u32, now: &Reading) -> Result<KeyedPermit, Rejected> {
+        self.acquire_uncounted(fingerprint, cost, now)
+            .inspect_err(|why| self.count(Some(fingerprint), why, now))
+    }
+
+    fn acquire_uncounted(&self, fingerprint: u64, cost: u32, now: &Reading) -> Result<KeyedPermit, Rejected> {
+        let set: &Set = &self.set;
+        if cost == 0 {
+            return Ok(self.permit(Place::Nowhere, 0, Admission::Tokens));
+        }
+        let now = now.at(&set.clock);
+        set.check_cost(cost, now)?;
+        let (taken, place) = set.with_or_add(fingerprint, now, |view| {
+            view.roll(now);
+            view.take(cost, now).map_err(|until| set.over_limit(view, until, now))
+        });
+        let admission = match taken {
+            Ok(admission) => admission,
+            Err(why) => {
+                if place == Place::Overflow {
+                    self.set.local().add(counter::OVERFLOWED, 1);
+                }
+                return Err(why);
+            }
+        };
+        Ok(self.permit(place, cost, admission))
+    }
+
+    fn permit(&self, place: Place, cost: u32, admission: Admission) -> KeyedPermit {
+        let stripe = self.set.local();
+        stripe.add(counter::ACCEPTED, 1);
+        stripe.add(counter::ACCEPTED_COST, cost.into());
+        if place == Place::Overflow {
+            stripe.add(counter::OVERFLOWED, 1);
+        }
+        KeyedPermit {
+            stripe: Some(stripe.clone()),
+            place,
+            cost,
+            admission,
+            estimated: false,
+        }
+    }
+
+    /// Counts a rejection, at the key if there is one and it is tracked, and tells the listeners.
+    pub(crate) fn count(&self, fingerprint: Option<u64>, why: &Rejected, now: &Reading) {
+        let stripe = self.set.local();
+        stripe.add(
+            match why.reason {
+                Reason::CostExceedsBurst { .. } => counter::REJECTED_COST,
+                Reason::MissingKey => counter::REJECTED_KEYLESS,
+                _ => counter::REJECTED_OVER_LIMIT,
+            },
+            1,
+        );
+        if let Some(fingerprint) = fingerprint {
+            let more = |n: u32| Some(n.saturating_add(1));
+            // `Relaxed`: a counter orders nothing.
+            stripe.with(fingerprint, |_, entry| {
+                entry.rejected.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+            });
+        }
+        stripe.hub.rejected(why, || now.at(&stripe.clock));
+    }
+
+    /// The refusal that the key's next call of this cost would meet, without taking anything. In a full set a new key may
+    /// be refused by the overflow all the same.
+    pub(crate) fn peek(&self, fingerprint: u64, cost: u32, now: &Reading) -> Option<Rejected> {
+        let set: &Set = &self.set;
+        if cost == 0 {
+            return None;
+        }
+        let now = now.at(&set.clock);
+        if let Err(why) = set.check_cost(cost, now) {
+            return Some(why);
+        }
+        let look = |view: View<'_>| {
+            let until = view.peek(cost, now);
+            (now < until).then(|| set.over_limit(view, until, now))
+        };
+        match set.with(fingerprint, |view, _| look(view)) {
+            Some(refusal) => refusal,
+            None if set.overflows(now) => look(set.view(&set.overflow)),
+            None => None,
+        }
+    }
+
+    pub(crate) fn missing_key(&self) -> Rejected {
+        let set: &Set = &self.set;
+        Rejected::new(set.service.clone(), Reason::MissingKey).limit(set.limit.clone())
+    }
+
+    /// All that is kept of a key, and how [`status`](Self::status) shows it, in hexadecimal. Every set has other fingerprints.
+    ///
+    /// ```
+    /// # use portcullis::{KeyedRateLimiter, TokenBucket};
+    /// # use std::time::Duration;
+    /// let callers = KeyedRateLimiter::new("api", TokenBucket::new(1, Duration::from_secs(60)))?;
+    /// callers.try_acquire("alice")?;
+    /// callers.try_acquire("alice").unwrap_err();
+    /// let worst = &callers.status().keys.unwrap().most_rejected[0];
+    /// assert_eq!(worst.key, format!("{:016x}", callers.fingerprint("alice")));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn fingerprint(&self, key: &(impl Hash + ?Sized)) -> u64 {
+        self.set.seed.fingerprint(key)
+    }
+
+    pub(crate) fn fingerprint_with(&self, write: impl FnOnce(&mut DefaultHasher) -> bool) -> Option<u64> {
+        self.set.seed.fingerprint_with(write)
+    }
+
+    pub(crate) fn keyless(&self) -> u64 {
+        self.set.seed.keyless()
+    }
+
+    /// The service's name.
+    #[must_use]
+    pub fn name(&self) -> &Name {
+        &self.set.service
+    }
+
+    /// The limit's name, which tells several limits of one service apart.
+    #[must_use]
+    pub fn limit(&self) -> &Name {
+        &self.set.limit
+    }
+
+    /// The clock that the limiters read.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.set.clock
+    }
+
+    /// What each key's limiter is made of.
+    #[must_use]
+    pub fn algorithm(&self) -> Algorithm {
+        self.set.algorithm
+    }
+
+    /// How many keys have a quota of their own at most.
+    #[must_use]
+    pub fn max_keys(&self) -> usize {
+        self.set.max_keys
+    }
+
+    /// The set as a whole. Reading changes nothing. It looks at every key, and new ones wait for it; tracked ones do not.
+    ///
+    /// The counters are sums over all keys; what is available, the rate and the retry time are those of a key that is new.
+    #[must_use]
+    pub fn status(&self) -> RateLimiterStatus {
+        let set: &Set = &self.set;
+        let now = set.clock.now();
+        let books = set.books();
+        let mut rejected: Vec<(u32, u64)> = Vec::new();
+        for shard in set.shards.each() {
+            let offending = shard
+                .iter()
+                .map(|(key, entry)| (entry.rejected.load(Ordering::Relaxed), *key));
+            rejected.extend(offending.filter(|(rejected, _)| *rejected > 0));
+            // So that the list is never longer than the worst and one shard.
+            rejected.sort_unstable_by(|a, b| b.cmp(a));
+            rejected.truncate(KeysStatus::MOST_REJECTED);
+        }
+        let (tracked, evicted) = (books.idle_from.len(), books.evicted);
+        drop(books);
+        let full = set.cells.full();
+        let cell = if set.overflows(now) { &set.overflow } else { &full };
+        let view = set.view(cell);
+        let until = view.peek(1, now);
+        let seen = Seen {
+            service: &set.service,
+            limit: &set.limit,
+            algorithm: &set.algorithm,
+            rate: view.adaptive_rate(now),
+            available: view.available(now).max(0.0),
+            retry_after: (now < until).then(|| until.duration_since(now)),
+            waiting: 0,
+        };
+        let mut status = RateLimiterStatus::new(&seen, |counter| self.set.sum(counter));
+        status.keys = Some(KeysStatus {
+            tracked,
+            max: set.max_keys,
+            evicted,
+            overflow_requests: self.set.sum(counter::OVERFLOWED),
+            missing_key_requests: self.set.sum(counter::KEYLESS) + self.set.sum(counter::REJECTED_KEYLESS),
+            most_rejected: rejected
+                .into_iter()
+                .map(|(rejected, key)| KeyStatus {
+                    key: format!("{key:016x}"),
+                    rejected,
+                })
+                .collect(),
+        });
+        status
+    }
+
+    /// Counts a request without a key that was admitted all the same, or shares a quota.
+    pub(crate) fn count_keyless(&self) {
+        self.set.local().add(counter::KEYLESS, 1);
+    }
+
+    /// Calls `listener` on every event of this limiter: rejections. See [`Event`] for how.
+    pub fn on_event(&self, listener: impl Fn(&Event) + Send + Sync + 'static) -> ListenerId {
+        self.set.hub.on_event(listener)
+    }
+
+    /// Removes a listener; `false` if it is not there.
+    pub fn remove_listener(&self, id: ListenerId) -> bool {
+        self.set.hub.remove(id)
+    }
+
+    /// A queue of this limiter's events that holds `capacity` (at least one) and loses the oldest.
+    #[must_use = "dropping the queue ends the subscription"]
+    pub fn subscribe(&self, capacity: usize) -> Events {
+        self.set.hub.subscribe(capacity)
+    }
+
+    pub(crate) fn add_listener(&self, listener: Listener) {
+        self.set.hub.add(listener);
+    }
+
+    /// Whether both are handles of one set.
+    pub(crate) fn same(&self, other: &Self) -> bool {
+        self.set.same(&other.set)
+    }
+
+    /// Whether each key is limited as this algorithm does.
+    pub(crate) fn matches(&self, algorithm: &Algorithm) -> bool {
+        algorithm.validate().is_ok() && self.set.algorithm.resolved() == algorithm.resolved()
+    }
+}
+
+impl fmt::Debug for KeyedRateLimiter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyedRateLimiter")
+            .field("service", self.name())
+            .field("limit", self.limit())
+            .field("algorithm", &self.set.algorithm)
+            .field("max_keys", &self.set.max_keys)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Leave to make one call for a key.
+///
+/// Dropped, it is spent, as a [`RateLimitPermit`](super::RateLimitPermit) is. A key that was evicted meanwhile has its whole quota:
+/// what is given back to it is lost, what is charged makes it known again.
+///
+/// ```
+/// # use portcullis::{KeyedRateLimiter, TokenBucket};
+/// # use std::time::Duration;
+/// let callers = KeyedRateLimiter::new("api", TokenBucket::new(1, Duration::from_secs(60)))?;
+/// callers.try_acquire("alice")?.unused(); // thought better of it
+/// callers.try_acquire("alice")?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct KeyedPermit {
+    /// `None` once it has ended.
+    stripe: Option<Arc<SetStripe>>,
+    place: Place,
+    cost: u32,
+    admission: Admission,
+    /// Whether the cost was told from the request: then a meter's word corrects it.
+    estimated: bool,
+}
+
+impl KeyedPermit {
+    /// How the call ended: an [`Outcome`], or a [`Verdict`] with its true cost.
+    pub fn settle(self, verdict: impl Into<Verdict>) {
+        Permit::settle(self, verdict.into(), &Reading::new());
+    }
+
+    /// The call was never begun: the key takes the permit back, as [`RateLimitPermit::unused`](super::RateLimitPermit::unused) does.
+    pub fn unused(self) {
+        Permit::unused(self, &Reading::new());
+    }
+
+    /// What the permit took from the key's quota.
+    #[must_use]
+    pub fn cost(&self) -> u32 {
+        self.cost
+    }
+
+    /// A permit whose cost was an estimate.
+    pub(crate) fn estimated(mut self) -> Self {
+        self.estimated = true;
+        self
+    }
+
+    /// A permit of a limit that counts calls.
+    pub(crate) fn counting(mut self) -> Self {
+        self.estimated = false;
+        self
+    }
+
+    fn end(&mut self, outcome: Outcome, cost: Option<u32>, now: &Reading) {
+        let Some(stripe) = self.stripe.take() else {
+            return;
+        };
+        let set: &Set = &stripe;
+        if let Some(cost) = cost.filter(|cost| *cost != self.cost) {
+            let now = now.at(&set.clock);
+            let correct = |view: View<'_>| {
+                view.roll(now);
+                view.correct(self.cost, cost, now);
+            };
+            match self.place {
+                Place::Key(fingerprint) if cost > self.cost => {
+                    set.with_or_add(fingerprint, now, correct);
+                }
+                place => {
+                    set.at(place, correct);
+                }
+            }
+        }
+        if matches!(set.algorithm, Algorithm::Adaptive(_)) {
+            let now = now.at(&set.clock);
+            set.at(self.place, |view| {
+                view.roll(now);
+                view.learn(outcome);
+            });
+        }
+    }
+}
+
+impl Permit for KeyedPermit {
+    fn settle(mut self, verdict: Verdict, now: &Reading) {
+        let metered = verdict.metered.filter(|_| self.estimated);
+        self.end(verdict.outcome, verdict.cost.or(metered), now);
+    }
+
+    fn cancel(mut self, cost: Option<u32>, now: &Reading) {
+        if let Some(stripe) = &self.stripe {
+            let outcome = stripe.algorithm.cancelled();
+            self.end(outcome, cost.filter(|_| self.estimated), now);
+        }
+    }
+
+    fn unused(mut self, now: &Reading) {
+        let Some(stripe) = self.stripe.take() else {
+            return;
+        };
+        stripe.add(counter::RETURNED, 1);
+        let now = now.at(&stripe.clock);
+        stripe.at(self.place, |view| {
+            view.roll(now);
+            view.give_back(self.admission, self.cost, now)
+        });
+    }
+
+    fn quotas(&self, now: &Reading, tell: &mut dyn FnMut(Quota)) {
+        let Some(stripe) = &self.stripe else {
+            return;
+        };
+        let set: &Set = stripe;
+        let now = now.at(&set.clock);
+        let told = set.at(self.place, |view| {
+            let reset = view.full_again(now).duration_since(now);
+            let Told { of, remaining } = set.told(view, now);
+            of.quota(set.limit.clone(), remaining.into(), reset)
+        });
+        if let Some(quota) = told {
+            tell(quota);
+        }
+    }
+}
+
+impl Drop for KeyedPermit {
+    fn drop(&mut self) {
+        if let Some(stripe) = &self.stripe {
+            let outcome = if std::thread::panicking() {
+                Outcome::Failure
+            } else {
+                stripe.algorithm.cancelled()
+            };
+            self.end(outcome, None, &Reading::new());
+        }
+    }
+}
+
+impl fmt::Debug for KeyedPermit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyedPermit")
+            .field("limit", &self.stripe.as_ref().map(|stripe| &stripe.limit))
+            .field("cost", &self.cost)
+            .finish_non_exhaustive()
+    }
+}
