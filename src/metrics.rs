@@ -2,7 +2,7 @@
 
 use crate::{
     breaker::{CircuitBreakerMetrics, CircuitBreakerStatus, KeyedCircuitBreakerStatus},
-    limit::RateLimiterStatus,
+    limit::{KeysStatus, RateLimiterStatus},
     state::{Override, State},
     status::RegistryStatus,
 };
@@ -139,6 +139,7 @@ pub(crate) fn encode(status: &RegistryStatus, format: MetricsFormat) -> String {
         .flat_map(|service| &service.rate_limiters)
         .collect();
     encode_limiters(&mut page, &limiters);
+    encode_keys(&mut page, &limiters);
     if format == MetricsFormat::OpenMetrics {
         page.text.push_str("# EOF\n");
     }
@@ -291,7 +292,47 @@ fn service(status: &CircuitBreakerStatus) -> (&'static str, &str) {
     ("service", status.service.as_str())
 }
 
+/// What only keyed limits have.
+fn encode_keys(page: &mut Page, limiters: &[&RateLimiterStatus]) {
+    let keyed: Vec<_> = limiters
+        .iter()
+        .filter_map(|it| Some((labels(it), it.keys.as_ref()?)))
+        .collect();
+    let samples = |value: fn(&KeysStatus) -> f64| keyed.iter().map(move |(labels, keys)| (labels.clone(), value(keys)));
+    page.family(
+        Kind::Gauge,
+        "rate_limiter_tracked_keys",
+        "Keys with a quota of their own.",
+        samples(|keys| keys.tracked as f64),
+    );
+    page.family(
+        Kind::Gauge,
+        "rate_limiter_max_keys",
+        "The most keys that can have a quota of their own.",
+        samples(|keys| keys.max as f64),
+    );
+    page.family(
+        Kind::Counter,
+        "rate_limiter_evicted_keys",
+        "Keys that had their whole quota and made room for another.",
+        samples(|keys| keys.evicted as f64),
+    );
+    page.family(
+        Kind::Counter,
+        "rate_limiter_overflow_requests",
+        "Requests of new keys that found no room and met the overflow's quota.",
+        samples(|keys| keys.overflow_requests as f64),
+    );
+    page.family(
+        Kind::Counter,
+        "rate_limiter_missing_key_requests",
+        "Requests without a key.",
+        samples(|keys| keys.missing_key_requests as f64),
+    );
+}
+
 fn encode_limiters(page: &mut Page, limiters: &[&RateLimiterStatus]) {
+    let unkeyed: Vec<_> = limiters.iter().filter(|it| it.keys.is_none()).collect();
     page.family(
         Kind::Counter,
         "rate_limiter_accepted",
@@ -316,10 +357,13 @@ fn encode_limiters(page: &mut Page, limiters: &[&RateLimiterStatus]) {
         "Requests that the limit rejected, by reason.",
         limiters.iter().flat_map(|it| {
             let rejected = it.rejected;
+            let missing_key = it.keys.is_some().then_some(("missing_key", rejected.missing_key));
             [
                 ("over_limit", rejected.over_limit),
                 ("cost_exceeds_burst", rejected.cost_exceeds_burst),
             ]
+            .into_iter()
+            .chain(missing_key)
             .map(|(reason, n)| {
                 let mut labels = labels(it);
                 labels.push(("reason", reason));
@@ -331,7 +375,8 @@ fn encode_limiters(page: &mut Page, limiters: &[&RateLimiterStatus]) {
         Kind::Gauge,
         "rate_limiter_available",
         "Requests that would be admitted now.",
-        limiters.iter().map(|it| (labels(it), it.available_tokens)),
+        // Of a keyed one that is no one number.
+        unkeyed.iter().map(|it| (labels(it), it.available_tokens)),
     );
     page.family(
         Kind::Gauge,

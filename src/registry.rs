@@ -3,7 +3,7 @@ use crate::{
     clock::Clock,
     error::ConfigError,
     event::{Event, Listener, ListenerId},
-    limit::{Algorithm, RateLimiter},
+    limit::{Algorithm, DEFAULT_LIMIT, KeyedRateLimiter, RateLimiter, RateLimiterStatus},
     metrics::{self, MetricsFormat},
     name::Name,
     state::State,
@@ -62,6 +62,8 @@ struct Entry {
     /// In place of a breaker: a service has one or the other.
     keyed_breakers: Option<KeyedCircuitBreaker>,
     limiters: BTreeMap<Name, RateLimiter>,
+    /// None of them has the name of one of the limiters.
+    keyed_limiters: BTreeMap<Name, KeyedRateLimiter>,
 }
 
 /// Why a registry did not take or make a breaker or limiter. Nothing has changed then.
@@ -127,6 +129,8 @@ pub enum Registrable {
     KeyedCircuitBreaker(KeyedCircuitBreaker),
     /// A rate limiter, by its service's and its limit's name.
     RateLimiter(RateLimiter),
+    /// A rate limiter for each key, by its service's and its limit's name.
+    KeyedRateLimiter(KeyedRateLimiter),
 }
 
 impl From<CircuitBreaker> for Registrable {
@@ -147,6 +151,16 @@ impl From<KeyedCircuitBreaker> for Registrable {
 impl From<&KeyedCircuitBreaker> for Registrable {
     fn from(breakers: &KeyedCircuitBreaker) -> Self {
         breakers.clone().into()
+    }
+}
+impl From<KeyedRateLimiter> for Registrable {
+    fn from(limiters: KeyedRateLimiter) -> Self {
+        Self::KeyedRateLimiter(limiters)
+    }
+}
+impl From<&KeyedRateLimiter> for Registrable {
+    fn from(limiters: &KeyedRateLimiter) -> Self {
+        limiters.clone().into()
     }
 }
 impl From<RateLimiter> for Registrable {
@@ -257,7 +271,7 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// As [`circuit_breaker`](Self::circuit_breaker).
+    /// As [`circuit_breaker`](Self::circuit_breaker); [`RegistryError::Taken`] if the limit of that name is a keyed one.
     pub fn named_rate_limiter(
         &self,
         service: impl Into<String>,
@@ -275,8 +289,66 @@ impl Registry {
         if let Some(existing) = entries.limiter(made.name(), made.limit()) {
             return existing_limiter(existing, algorithm);
         }
+        if entries.keyed_limiter(made.name(), made.limit()).is_some() {
+            return Err(taken(made.name(), the_limit(made.limit())));
+        }
         entries.insert_limiter(made.clone());
         Ok(made)
+    }
+
+    /// One of the rate limiters of a service, with a quota for each of up to `max_keys` keys, made now if there is none of that
+    /// name.
+    ///
+    /// ```
+    /// # use portcullis::{Registry, TokenBucket};
+    /// # use std::time::Duration;
+    /// let registry = Registry::new();
+    /// let callers =
+    ///     registry.keyed_rate_limiter("api", "per-caller", TokenBucket::new(10, Duration::from_secs(1)), 50_000)?;
+    /// callers.try_acquire("alice")?;
+    /// let status = registry.service_status("api").unwrap();
+    /// assert_eq!(status.rate_limiters[0].keys.as_ref().unwrap().tracked, 1);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`circuit_breaker`](Self::circuit_breaker); [`RegistryError::Taken`] if the limit of that name is not a keyed one.
+    pub fn keyed_rate_limiter(
+        &self,
+        service: impl Into<String>,
+        limit: impl Into<String>,
+        algorithm: impl Into<Algorithm>,
+        max_keys: usize,
+    ) -> Result<KeyedRateLimiter, RegistryError> {
+        let algorithm = algorithm.into();
+        let builder = KeyedRateLimiter::builder(service, algorithm)
+            .limit(limit)
+            .max_keys(max_keys);
+        let made = builder.clock(&self.shared.clock).build()?;
+        let mut entries = self.write();
+        match entries.keyed_limiter(made.name(), made.limit()) {
+            Some(existing) if existing.matches(&algorithm) && existing.max_keys() == max_keys => Ok(existing.clone()),
+            Some(existing) => Err(RegistryError::Conflict {
+                service: made.name().clone(),
+                what: the_limit(made.limit()),
+                existing: format!("{:?} for {} keys", existing.algorithm(), existing.max_keys()),
+                requested: format!("{algorithm:?} for {max_keys} keys"),
+            }),
+            None if entries.limiter(made.name(), made.limit()).is_some() => {
+                Err(taken(made.name(), the_limit(made.limit())))
+            }
+            None => {
+                entries.insert_keyed_limiter(made.clone());
+                Ok(made)
+            }
+        }
+    }
+
+    /// The keyed limiter of that service and limit, if there is one.
+    #[must_use]
+    pub fn get_keyed_rate_limiter(&self, service: &str, limit: &str) -> Option<KeyedRateLimiter> {
+        self.read().keyed_limiter(service, limit).cloned()
     }
 
     /// Takes in a breaker or limiter that was built elsewhere. To take in the same one again is no error.
@@ -308,7 +380,7 @@ impl Registry {
         self.read().limiter(service, limit).cloned()
     }
 
-    /// All limiters of that service, by the names of their limits.
+    /// All limiters of that service that are not keyed, by the names of their limits.
     #[must_use]
     pub fn get_rate_limiters(&self, service: &str) -> Vec<RateLimiter> {
         self.entry(service)
@@ -437,8 +509,6 @@ impl Registry {
     }
 }
 
-const DEFAULT_LIMIT: &str = "default";
-
 /// The limiter that is there, if it is the one that was asked for.
 fn existing_limiter(existing: &RateLimiter, requested: Algorithm) -> Result<RateLimiter, RegistryError> {
     requested.validate()?;
@@ -451,6 +521,13 @@ fn existing_limiter(existing: &RateLimiter, requested: Algorithm) -> Result<Rate
         existing: format!("{:?}", existing.algorithm()),
         requested: format!("{requested:?}"),
     })
+}
+
+fn taken(service: &Name, what: String) -> RegistryError {
+    RegistryError::Taken {
+        service: service.clone(),
+        what,
+    }
 }
 
 impl Entries {
@@ -466,11 +543,11 @@ impl Entries {
         self.services.get(service)?.limiters.get(limit)
     }
 
+    fn keyed_limiter(&self, service: &str, limit: &str) -> Option<&KeyedRateLimiter> {
+        self.services.get(service)?.keyed_limiters.get(limit)
+    }
+
     fn take_in(&mut self, handle: &Registrable) -> Result<(), RegistryError> {
-        let taken = |service: &Name, what: String| RegistryError::Taken {
-            service: service.clone(),
-            what,
-        };
         match handle {
             Registrable::CircuitBreaker(breaker) => match self.breaker(breaker.name()) {
                 Some(existing) if existing.same(breaker) => {}
@@ -487,8 +564,17 @@ impl Entries {
             },
             Registrable::RateLimiter(limiter) => match self.limiter(limiter.name(), limiter.limit()) {
                 Some(existing) if existing.same(limiter) => {}
-                Some(existing) => return Err(taken(existing.name(), the_limit(existing.limit()))),
-                None => self.insert_limiter(limiter.clone()),
+                None if self.keyed_limiter(limiter.name(), limiter.limit()).is_none() => {
+                    self.insert_limiter(limiter.clone());
+                }
+                _ => return Err(taken(limiter.name(), the_limit(limiter.limit()))),
+            },
+            Registrable::KeyedRateLimiter(limiter) => match self.keyed_limiter(limiter.name(), limiter.limit()) {
+                Some(existing) if existing.same(limiter) => {}
+                None if self.limiter(limiter.name(), limiter.limit()).is_none() => {
+                    self.insert_keyed_limiter(limiter.clone());
+                }
+                _ => return Err(taken(limiter.name(), the_limit(limiter.limit()))),
             },
         }
         Ok(())
@@ -518,6 +604,14 @@ impl Entries {
         limiters.insert(limiter.limit().clone(), limiter);
     }
 
+    fn insert_keyed_limiter(&mut self, limiter: KeyedRateLimiter) {
+        self.listeners
+            .iter()
+            .for_each(|listener| limiter.add_listener(listener.clone()));
+        let entry = self.services.entry(limiter.name().clone()).or_default();
+        entry.keyed_limiters.insert(limiter.limit().clone(), limiter);
+    }
+
     fn ids(&self) -> Vec<ListenerId> {
         self.listeners.iter().map(|listener| listener.id).collect()
     }
@@ -534,6 +628,9 @@ impl Entry {
         self.limiters
             .values()
             .for_each(|limiter| limiter.add_listener(listener.clone()));
+        self.keyed_limiters
+            .values()
+            .for_each(|limiter| limiter.add_listener(listener.clone()));
     }
 
     fn remove_listener(&self, id: ListenerId) {
@@ -546,6 +643,18 @@ impl Entry {
         for limiter in self.limiters.values() {
             limiter.remove_listener(id);
         }
+        for limiter in self.keyed_limiters.values() {
+            limiter.remove_listener(id);
+        }
+    }
+
+    /// By name, keyed or not.
+    fn limiters(&self) -> Vec<RateLimiterStatus> {
+        let plain = self.limiters.values().map(RateLimiter::status);
+        let keyed = self.keyed_limiters.values().map(KeyedRateLimiter::status);
+        let mut all: Vec<_> = plain.chain(keyed).collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
     }
 
     fn status(&self, service: Name) -> ServiceStatus {
@@ -553,7 +662,7 @@ impl Entry {
             service,
             circuit_breaker: self.breaker.as_ref().map(CircuitBreaker::status),
             circuit_breakers: self.keyed_breakers.as_ref().map(KeyedCircuitBreaker::status),
-            rate_limiters: self.limiters.values().map(RateLimiter::status).collect(),
+            rate_limiters: self.limiters(),
         }
     }
 }
