@@ -55,14 +55,14 @@ async fn main() -> Result<(), BoxError> {
     answer.into_body().collect().await?;
     println!("settled at the end of the stream: {} left", left());
 
-    let answer = agent.ready().await?.call(ask("say 120 words")).await?;
-    answer.into_body().collect().await?;
-    println!("more than was reserved: {} left", left());
-
     let mut answer = agent.ready().await?.call(ask("say 9 words")).await?.into_body();
     answer.frame().await;
     drop(answer);
     println!("gone after one word: {} left", left());
+
+    let answer = agent.ready().await?.call(ask("say 160 words")).await?;
+    answer.into_body().collect().await?;
+    println!("more than was reserved: {} left", left());
 
     let refused = agent.ready().await?.call(ask("say 1 word")).await?;
     println!(

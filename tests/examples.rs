@@ -36,6 +36,7 @@ fn build() -> HashMap<String, PathBuf> {
         cargo.arg("--release");
     }
     for (on, feature) in [
+        (cfg!(feature = "axum"), "axum"),
         (cfg!(feature = "tracing"), "tracing"),
         (cfg!(feature = "fast-clock"), "fast-clock"),
     ] {
@@ -514,4 +515,99 @@ async fn background_jobs_are_all_done_those_put_off_included() {
         said.ends_with(&format!("10 jobs run, {put_off} rejections\n")),
         "each rejection is one line: {said}"
     );
+}
+
+/// What an example prints that ends by itself.
+async fn printed(name: &str) -> Vec<String> {
+    let output = run_to_end(name, &[]).await;
+    assert!(output.status.success(), "{name}: {}", text(&output.stderr));
+    assert_eq!(text(&output.stderr), "", "{name} has nothing to complain of");
+    text(&output.stdout).lines().map(str::to_owned).collect()
+}
+
+#[cfg(feature = "axum")]
+#[tokio::test]
+async fn the_axum_server_limits_each_route_and_each_caller() {
+    let lines = printed("axum_server").await;
+    let answers: Vec<_> = lines.iter().filter(|line| line.contains(" /")).collect();
+    let expected = [
+        ("alice", "/search/rust", "200"),
+        ("alice", "/search/tower", "200"),
+        ("alice", "/search/gates", "200"),
+        ("alice", "/search/moats", "429"),
+        ("alice", "/report", "200"),
+        ("alice", "/health", "429"),
+        ("bob", "/report", "429"),
+    ];
+    assert_eq!(answers.len(), expected.len(), "{lines:#?}");
+    for (line, (caller, path, status)) in answers.iter().zip(expected) {
+        let words: Vec<_> = line.split_whitespace().collect();
+        assert_eq!(words[..3], [caller, path, status], "{line}");
+    }
+    let refusals: Vec<_> = lines.iter().filter(|line| line.contains("violated-policies")).collect();
+    for (line, limit) in refusals.iter().zip(["search", "per-caller", "report"]) {
+        assert!(line.contains(&format!(r#""violated-policies":["{limit}"]"#)), "{line}");
+    }
+    assert_eq!(lines.last().map(String::as_str), Some("callers known: 2"));
+}
+
+#[tokio::test]
+async fn the_http_client_stops_calling_the_sick_host_and_no_other() {
+    let lines = printed("http_client").await;
+    let sick: Vec<_> = lines.iter().filter(|line| line.starts_with("sick")).collect();
+    assert_eq!(sick.len(), 5);
+    assert!(sick[..3].iter().all(|line| line.contains("500")), "{lines:#?}");
+    assert!(
+        sick[3..].iter().all(|line| line.contains("not called, retry after 30")),
+        "{lines:#?}"
+    );
+    let well = lines.iter().filter(|line| *line == "well: 200 OK").count();
+    assert_eq!(well, 5);
+}
+
+#[tokio::test]
+async fn the_grpc_pair_meets_limit_and_circuit() {
+    let lines = printed("grpc").await;
+    let begin = [
+        "watch: Serving",
+        "check: Serving",
+        "check: Serving",
+        r#"ResourceExhausted: rate limit "checks" of "health" is exhausted"#,
+        "  RetryInfo: in some seconds, pushback: true",
+        "circuit: closed",
+        "check: Unavailable",
+        "check: Unavailable",
+        "circuit: open",
+        r#"Unavailable: circuit breaker "health" is open"#,
+        "  RetryInfo: in some seconds, pushback: true",
+    ];
+    assert_eq!(lines.len(), begin.len(), "{lines:#?}");
+    for (line, begin) in lines.iter().zip(begin) {
+        assert!(line.starts_with(begin), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn the_hyper_server_limits_an_address_over_both_versions() {
+    let lines = printed("hyper_server").await;
+    let begin = ["HTTP/1.1 200", "HTTP/2.0 200", "HTTP/1.1 200", "HTTP/2.0 429"];
+    assert_eq!(lines.len(), begin.len(), "{lines:#?}");
+    for (line, begin) in lines.iter().zip(begin) {
+        assert!(line.starts_with(begin), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn the_token_budget_settles_what_a_stream_has_cost() {
+    let lines = printed("token_budget").await;
+    let left: Vec<u32> = lines
+        .iter()
+        .filter_map(|line| line.strip_suffix(" left")?.rsplit(' ').next()?.parse().ok())
+        .collect();
+    // The bucket fills by three tokens a second: a slow machine may see a few more.
+    for (left, least) in left.iter().zip([137, 177, 173, 10]) {
+        assert!((least..least + 15).contains(left), "{lines:#?}");
+    }
+    assert_eq!(left.len(), 4, "{lines:#?}");
+    assert!(lines.last().is_some_and(|line| line.starts_with("429")), "{lines:#?}");
 }
