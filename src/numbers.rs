@@ -37,3 +37,9 @@ mod serialize {
 }
 #[cfg(feature = "serde")]
 pub(crate) use serialize::{optional_seconds, seconds};
+
+#[cfg(feature = "serde")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
+pub(crate) fn is_zero(n: &u64) -> bool {
+    *n == 0
+}

@@ -496,7 +496,10 @@ async fn in_a_pair_a_refusal_is_counted_by_its_key_and_costs_the_other_nothing()
         .clock(&clock)
         .build()
         .unwrap();
-    let pair = (limiter.clone(), set.by(|order: &Order| order.shop));
+    let pair = (
+        limiter.clone(),
+        set.by(|order: &Order| order.shop).missing(Missing::Reject),
+    );
     let service = ServiceBuilder::new()
         .layer(GuardLayer::new(pair))
         .service(service_fn(serve));

@@ -289,16 +289,15 @@ impl Set {
             .retry_after(until.duration_since(now))
     }
 
-    fn check_cost(&self, cost: u32, now: Timestamp) -> Result<(), Rejected> {
+    /// Refuses a cost that no wait could meet; a key is not remembered for it.
+    fn check_cost(&self, fingerprint: u64, cost: u32, now: Timestamp) -> Result<(), Rejected> {
         let burst = self.algorithm.largest();
         if cost <= burst {
             return Ok(());
         }
-        let full = self.cells.full();
-        Err(self.rejected(
-            Reason::CostExceedsBurst { cost, burst },
-            self.told(self.view(&full), now),
-        ))
+        let told = self.with(fingerprint, |view, _| self.told(view, now));
+        let told = told.unwrap_or_else(|| self.told(self.view(&self.cells.full()), now));
+        Err(self.rejected(Reason::CostExceedsBurst { cost, burst }, told))
     }
 }
 
@@ -352,7 +351,7 @@ impl KeyedRateLimiter {
             return Ok(self.permit(Place::Nowhere, 0, Admission::Tokens));
         }
         let now = now.at(&set.clock);
-        set.check_cost(cost, now)?;
+        set.check_cost(fingerprint, cost, now)?;
         let (taken, place) = set.with_or_add(fingerprint, now, |view| {
             view.roll(now);
             view.take(cost, now).map_err(|until| set.over_limit(view, until, now))
@@ -414,7 +413,7 @@ impl KeyedRateLimiter {
             return None;
         }
         let now = now.at(&set.clock);
-        if let Err(why) = set.check_cost(cost, now) {
+        if let Err(why) = set.check_cost(fingerprint, cost, now) {
             return Some(why);
         }
         let look = |view: View<'_>| {

@@ -79,7 +79,8 @@ pub struct RejectedByLimit {
     pub over_limit: u64,
     /// The cost was above the burst.
     pub cost_exceeds_burst: u64,
-    /// A keyed limit found no key.
+    /// A keyed limit found no key. Serialized where it happened.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "crate::numbers::is_zero"))]
     pub missing_key: u64,
 }
 

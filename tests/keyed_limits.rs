@@ -1,0 +1,628 @@
+//! A limit for each key: exact for each, in bounded memory, and nothing handed back that was spent.
+
+use futures_util::FutureExt;
+use portcullis::{
+    Adaptive, Algorithm, CircuitBreaker, Clock, EventKind, GuardLayer, KeyedRateLimiter, KeysStatus, ManualClock,
+    MetricsFormat, Outcome, RateLimitLayer, RateLimiter, Reason, Registry, RegistryError, Rejected, SlidingWindow,
+    TokenBucket, Verdict, policy::Missing,
+};
+use proptest::prelude::*;
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn keyed(algorithm: impl Into<Algorithm>, max_keys: usize) -> (KeyedRateLimiter, ManualClock) {
+    let clock = Clock::manual();
+    let limiter = KeyedRateLimiter::builder("api", algorithm)
+        .limit("per-caller")
+        .max_keys(max_keys)
+        .clock(&clock)
+        .build()
+        .unwrap();
+    (limiter, clock)
+}
+
+fn algorithms() -> [(&'static str, Algorithm); 3] {
+    [
+        ("token bucket", TokenBucket::new(3, MINUTE).into()),
+        ("sliding window", SlidingWindow::new(3, MINUTE).into()),
+        ("adaptive", Adaptive::new(3).window(MINUTE).into()),
+    ]
+}
+
+fn keys(limiter: &KeyedRateLimiter) -> KeysStatus {
+    limiter.status().keys.expect("keyed")
+}
+
+/// Uses a key's whole quota of three.
+fn exhaust(limiter: &KeyedRateLimiter, key: u64) {
+    for _ in 0..3 {
+        limiter.try_acquire(&key).unwrap();
+    }
+    limiter.try_acquire(&key).unwrap_err();
+}
+
+#[test]
+fn each_key_has_a_quota_of_its_own() {
+    for (name, algorithm) in algorithms() {
+        let (limiter, clock) = keyed(algorithm, 100);
+        for key in 0..50 {
+            exhaust(&limiter, key);
+        }
+        assert_eq!(keys(&limiter).tracked, 50, "{name}");
+        clock.advance(MINUTE);
+        for key in 0..50 {
+            exhaust(&limiter, key);
+        }
+    }
+}
+
+#[test]
+fn a_rejection_tells_all_that_an_unkeyed_limit_tells() {
+    let (limiter, clock) = keyed(TokenBucket::new(6, MINUTE), 10);
+    let single = RateLimiter::builder("api", TokenBucket::new(6, MINUTE)).limit("per-caller");
+    let single = single.clock(&clock).build().unwrap();
+    for cost in [4, 3, 7, 2, 1, 9] {
+        let (ours, theirs) = (limiter.try_acquire_n("a", cost), single.try_acquire_n(cost));
+        assert_eq!(ours.as_ref().err(), theirs.as_ref().err(), "{cost}");
+        assert_eq!(
+            ours.err().and_then(|why| why.quota()),
+            theirs.err().and_then(|why| why.quota())
+        );
+    }
+    let why = limiter.try_acquire("a").unwrap_err();
+    let wait = why.retry_after.unwrap();
+    clock.advance(wait - Duration::from_nanos(1));
+    assert!(limiter.try_acquire("a").is_err(), "one nanosecond early");
+    clock.advance(Duration::from_nanos(1));
+    limiter.try_acquire("a").unwrap();
+}
+
+#[test]
+fn a_full_set_gives_all_new_keys_one_quota_together() {
+    for (name, algorithm) in algorithms() {
+        let (limiter, _) = keyed(algorithm, 5);
+        for key in 0..5_u64 {
+            limiter.try_acquire(&key).unwrap();
+        }
+        let admitted = (100..200).filter(|key: &u64| limiter.try_acquire(key).is_ok()).count();
+        assert_eq!(admitted, 3, "{name}: what one key gets");
+        let keys = keys(&limiter);
+        assert_eq!(
+            (keys.tracked, keys.max, keys.evicted, keys.overflow_requests),
+            (5, 5, 0, 100),
+            "{name}"
+        );
+        for key in 0..5_u64 {
+            limiter.try_acquire(&key).expect("those who are known keep their own");
+        }
+    }
+}
+
+#[test]
+fn only_a_key_that_has_its_whole_quota_makes_room() {
+    for (name, algorithm) in algorithms() {
+        let (limiter, clock) = keyed(algorithm, 2);
+        exhaust(&limiter, 1);
+        clock.advance(MINUTE / 2);
+        exhaust(&limiter, 2);
+        clock.advance(MINUTE / 2 - Duration::from_nanos(1));
+        limiter.try_acquire(&3_u64).expect("the overflow's");
+        assert_eq!(
+            (keys(&limiter).evicted, keys(&limiter).overflow_requests),
+            (0, 1),
+            "{name}"
+        );
+        clock.advance(Duration::from_nanos(1));
+        exhaust(&limiter, 4);
+        assert_eq!(
+            (keys(&limiter).tracked, keys(&limiter).evicted),
+            (2, 1),
+            "{name}: the first was whole again"
+        );
+        limiter.try_acquire(&2_u64).err().or_else(|| {
+            // A bucket has brought some back by now; a window has not.
+            assert_ne!(name, "sliding window");
+            None
+        });
+    }
+}
+
+#[test]
+fn a_key_that_goes_on_calling_keeps_its_place() {
+    let (limiter, clock) = keyed(TokenBucket::new(3, MINUTE), 3);
+    for key in 0..3_u64 {
+        limiter.try_acquire(&key).unwrap();
+    }
+    for new in 100..200_u64 {
+        clock.advance(Duration::from_secs(20));
+        // A token of each is back: were it not used again at once, the key would be idle.
+        for key in 0..3_u64 {
+            limiter.try_acquire(&key).unwrap();
+        }
+        let _ = limiter.try_acquire(&new);
+    }
+    assert_eq!(keys(&limiter).evicted, 0);
+}
+
+#[test]
+fn a_million_invented_keys_stay_in_bounds_and_free_nobody() {
+    for (name, algorithm) in algorithms() {
+        let (limiter, clock) = keyed(algorithm, 1_000);
+        for throttled in 0..10 {
+            exhaust(&limiter, throttled);
+        }
+        let count: u64 = if name == "token bucket" { 1_000_000 } else { 100_000 };
+        let mut admitted = 0_u32;
+        for spoofed in 0..count {
+            admitted += u32::from(limiter.try_acquire(&format!("198.51.100.{spoofed}")).is_ok());
+        }
+        assert_eq!(admitted, 990 + 3, "{name}: the free places and the overflow's quota");
+        assert_eq!(keys(&limiter).tracked, 1_000, "{name}");
+        clock.advance(Duration::from_secs(1));
+        for throttled in 0..10_u64 {
+            assert!(
+                limiter.try_acquire(&throttled).is_err(),
+                "{name}: throttled keys stay throttled"
+            );
+        }
+    }
+}
+
+#[test]
+fn two_threads_get_no_more_of_a_key_than_it_has() {
+    for (name, algorithm) in algorithms() {
+        let (limiter, _) = keyed(algorithm, 2);
+        let admitted = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for thread in 0..4_u64 {
+                let (limiter, admitted) = (&limiter, &admitted);
+                scope.spawn(move || {
+                    for round in 0..2_000 {
+                        if limiter.try_acquire("shared").is_ok() {
+                            admitted.fetch_add(1, Ordering::Relaxed);
+                        }
+                        let _ = limiter.try_acquire(&(thread * 10_000 + round));
+                    }
+                });
+            }
+        });
+        assert_eq!(admitted.load(Ordering::Relaxed), 3, "{name}");
+        assert_eq!(keys(&limiter).tracked, 2, "{name}");
+        let status = limiter.status();
+        assert_eq!(
+            status.accepted_requests + status.rejected_requests,
+            16_000,
+            "{name}: every call is counted once"
+        );
+    }
+}
+
+#[test]
+fn the_worst_offenders_are_shown_by_their_fingerprints() {
+    let (limiter, _) = keyed(TokenBucket::new(1, MINUTE), 100);
+    for key in 0..20_u64 {
+        for _ in 0..=key {
+            let _ = limiter.try_acquire(&key);
+        }
+    }
+    let worst: Vec<_> = keys(&limiter)
+        .most_rejected
+        .into_iter()
+        .map(|it| (it.key, it.rejected))
+        .collect();
+    let expected = |key: u64| {
+        (
+            format!("{:016x}", limiter.fingerprint(&key)),
+            u32::try_from(key).unwrap(),
+        )
+    };
+    assert_eq!(worst, (10..20).rev().map(expected).collect::<Vec<_>>());
+    let (other, _) = keyed(TokenBucket::new(1, MINUTE), 100);
+    assert_ne!(
+        limiter.fingerprint("a"),
+        other.fingerprint("a"),
+        "nobody can look them up elsewhere"
+    );
+}
+
+#[test]
+fn a_permit_gives_back_corrects_and_teaches_at_its_own_key() {
+    let (limiter, clock) = keyed(TokenBucket::new(10, Duration::from_secs(10)), 10);
+    limiter.try_acquire_n("a", 6).unwrap().unused();
+    limiter
+        .try_acquire_n("a", 10)
+        .unwrap()
+        .settle(Verdict::new(Outcome::Success).cost(4));
+    assert!(limiter.try_acquire_n("a", 7).is_err());
+    limiter
+        .try_acquire_n("a", 6)
+        .unwrap()
+        .settle(Verdict::new(Outcome::Success).cost(11));
+    assert_eq!(
+        limiter.try_acquire("a").unwrap_err().retry_after,
+        Some(Duration::from_secs(6)),
+        "five in debt"
+    );
+    limiter.try_acquire_n("b", 10).expect("another key");
+    drop(limiter.try_acquire_n("c", 10).unwrap());
+    assert!(limiter.try_acquire("c").is_err(), "dropped is spent");
+    limiter.try_acquire_n("c", 0).expect("nothing is free");
+    assert_eq!(limiter.status().returned_requests, 1);
+
+    let (adaptive, adaptive_clock) = keyed(
+        Adaptive::new(10)
+            .window(Duration::from_secs(10))
+            .minimum_calls(1)
+            .adjustment_factor(0.5),
+        10,
+    );
+    adaptive.try_acquire("bad").unwrap().settle(Outcome::Failure);
+    adaptive.try_acquire("good").unwrap().settle(Outcome::Success);
+    adaptive_clock.advance(Duration::from_secs(10));
+    for key in ["bad", "good"] {
+        adaptive.try_acquire_n(key, 10).unwrap();
+    }
+    adaptive_clock.advance(Duration::from_secs(1));
+    assert!(adaptive.try_acquire("bad").is_err(), "its rate has been halved");
+    adaptive.try_acquire("good").expect("one a second");
+    drop(clock);
+}
+
+#[test]
+fn a_permit_outlives_the_place_of_its_key() {
+    let (limiter, clock) = keyed(TokenBucket::new(10, Duration::from_secs(10)), 1);
+    let (unused, cheaper, dearer) = (
+        limiter.try_acquire("a").unwrap(),
+        limiter.try_acquire_n("a", 5).unwrap(),
+        limiter.try_acquire("a").unwrap(),
+    );
+    clock.advance(Duration::from_secs(10));
+    limiter.try_acquire("b").unwrap();
+    assert_eq!(keys(&limiter).evicted, 1, "a has made room for b");
+    unused.unused();
+    cheaper.settle(Verdict::new(Outcome::Success).cost(1));
+    clock.advance(Duration::from_secs(10));
+    dearer.settle(Verdict::new(Outcome::Success).cost(8));
+    assert!(
+        limiter.try_acquire_n("a", 4).is_err(),
+        "what it cost in truth is charged"
+    );
+    limiter.try_acquire_n("a", 3).unwrap();
+}
+
+#[test]
+fn a_window_takes_back_only_what_it_gave_itself() {
+    let (limiter, clock) = keyed(SlidingWindow::new(1, MINUTE), 1);
+    let stale = limiter.try_acquire("a").unwrap();
+    clock.advance(MINUTE);
+    limiter.try_acquire("b").unwrap();
+    clock.advance(MINUTE);
+    limiter.try_acquire("a").unwrap();
+    assert_eq!(keys(&limiter).evicted, 2);
+    stale.unused();
+    assert!(
+        limiter.try_acquire("a").is_err(),
+        "the present admission is not the one that comes back"
+    );
+}
+
+#[test]
+fn time_that_goes_back_frees_nobody() {
+    for (name, algorithm) in algorithms() {
+        let (limiter, clock) = keyed(algorithm, 2);
+        clock.advance(MINUTE);
+        exhaust(&limiter, 1);
+        clock.rewind(MINUTE);
+        assert!(limiter.try_acquire(&1_u64).is_err(), "{name}");
+        limiter.try_acquire(&2_u64).unwrap();
+        for new in 10..20_u64 {
+            let _ = limiter.try_acquire(&new);
+        }
+        assert_eq!(keys(&limiter).evicted, 0, "{name}");
+    }
+}
+
+#[test]
+fn settings_that_make_no_sense_are_refused() {
+    let build = |max_keys, limit: &str| {
+        let builder = KeyedRateLimiter::builder("api", TokenBucket::new(1, MINUTE)).limit(limit);
+        builder.max_keys(max_keys).build().map_err(|error| error.field())
+    };
+    assert_eq!(build(0, "x").unwrap_err(), "max_keys");
+    assert_eq!(build((1 << 24) + 1, "x").unwrap_err(), "max_keys");
+    assert_eq!(build(1, "").unwrap_err(), "limit");
+    assert!(
+        build(1 << 24, "x").is_ok(),
+        "nothing is allocated before there are keys"
+    );
+    let window = KeyedRateLimiter::new("api", SlidingWindow::new(0, MINUTE)).unwrap_err();
+    assert_eq!(window.field(), "max_requests");
+    assert_eq!(
+        KeyedRateLimiter::new("api", TokenBucket::new(0, MINUTE))
+            .unwrap_err()
+            .field(),
+        "limit"
+    );
+}
+
+#[derive(Clone)]
+struct Call {
+    caller: Option<&'static str>,
+    cost: u32,
+}
+
+fn call(caller: impl Into<Option<&'static str>>) -> Call {
+    Call {
+        caller: caller.into(),
+        cost: 1,
+    }
+}
+
+fn caller(call: &Call) -> Option<&'static str> {
+    call.caller
+}
+
+fn yes() -> impl Service<Call, Response = (), Error = std::io::Error, Future: Send> + Clone {
+    service_fn(async |_: Call| Ok(()))
+}
+
+fn refused<E: AsRef<dyn std::error::Error + Send + Sync>>(result: Option<Result<(), E>>) -> Rejected {
+    let error = result.expect("does not wait").expect_err("refused");
+    let error: &(dyn std::error::Error + 'static) = error.as_ref();
+    Rejected::find(error).expect("a rejection").clone()
+}
+
+#[test]
+fn a_layer_keeps_callers_apart() {
+    let (limiter, _) = keyed(TokenBucket::new(1, MINUTE), 10);
+    let service = RateLimitLayer::new(limiter.by(caller)).layer(yes());
+    service.clone().oneshot(call("a")).now_or_never().unwrap().unwrap();
+    service.clone().oneshot(call("b")).now_or_never().unwrap().unwrap();
+    let why = refused(service.oneshot(call("a")).now_or_never());
+    assert_eq!(
+        (why.limit.as_deref(), why.retry_after),
+        (Some("per-caller"), Some(MINUTE))
+    );
+    assert_eq!(limiter.status().rejected_requests, 1);
+    assert_eq!(keys(&limiter).most_rejected[0].rejected, 1);
+}
+
+#[test]
+fn a_request_without_a_key_meets_what_was_chosen() {
+    for missing in [Missing::Shared, Missing::Reject, Missing::Exempt] {
+        let (limiter, _) = keyed(TokenBucket::new(1, MINUTE), 10);
+        let service = RateLimitLayer::new(limiter.by(caller).missing(missing)).layer(yes());
+        let mut ask = || service.clone().oneshot(call(None)).now_or_never();
+        match missing {
+            Missing::Shared => {
+                ask().unwrap().unwrap();
+                assert_eq!(refused(ask()).reason, Reason::OverLimit);
+            }
+            Missing::Reject => {
+                let why = refused(ask());
+                assert_eq!((why.reason, why.retry_after), (Reason::MissingKey, None));
+                assert_eq!(why.limit.as_deref(), Some("per-caller"));
+                assert_eq!(refused(ask()).reason, Reason::MissingKey);
+                assert_eq!(limiter.status().rejected.missing_key, 2);
+            }
+            Missing::Exempt => {
+                for _ in 0..3 {
+                    ask().unwrap().unwrap();
+                }
+            }
+        }
+        assert!(keys(&limiter).missing_key_requests >= 2, "{missing:?}");
+        service
+            .oneshot(call("a"))
+            .now_or_never()
+            .unwrap()
+            .expect("who has a key is not concerned");
+    }
+}
+
+#[test]
+fn several_limits_admit_together_or_not_at_all() {
+    let clock = Clock::manual();
+    let (callers, _) = keyed(TokenBucket::new(2, MINUTE), 10);
+    let all = RateLimiter::builder("api", TokenBucket::new(3, MINUTE))
+        .limit("all")
+        .clock(&clock)
+        .build()
+        .unwrap();
+    let breaker = CircuitBreaker::builder("api").build().unwrap();
+    let policy = ((callers.by(caller), all.clone()), breaker.clone());
+    let service = GuardLayer::new(policy).layer(yes());
+    let ask = |who| service.clone().oneshot(call(who)).now_or_never();
+    ask("a").unwrap().unwrap();
+    ask("a").unwrap().unwrap();
+    assert_eq!(refused(ask("a")).limit.as_deref(), Some("per-caller"));
+    assert_eq!(
+        all.status().accepted_requests,
+        2,
+        "the refusal of one burns nothing of the other"
+    );
+    ask("b").unwrap().unwrap();
+    assert_eq!(refused(ask("c")).limit.as_deref(), Some("all"));
+    assert_eq!(callers.status().accepted_requests, 3);
+    breaker.force_open();
+    assert_eq!(refused(ask("d")).limit, None);
+    assert_eq!(
+        (callers.status().rejected_requests, all.status().rejected_requests),
+        (1, 1),
+        "each counts its own"
+    );
+}
+
+#[test]
+fn a_keyed_limit_may_charge_by_the_request() {
+    let (limiter, _) = keyed(TokenBucket::new(10, MINUTE), 10);
+    let by_cost = limiter.by(caller).cost(|call: &Call| call.cost);
+    let service = RateLimitLayer::new(by_cost).layer(yes());
+    let ask = |caller: &'static str, cost| {
+        let call = Call {
+            caller: Some(caller),
+            cost,
+        };
+        service.clone().oneshot(call).now_or_never()
+    };
+    ask("a", 7).unwrap().unwrap();
+    refused(ask("a", 4));
+    ask("a", 3).unwrap().unwrap();
+    ask("b", 10).unwrap().unwrap();
+    assert_eq!(
+        refused(ask("c", 11)).reason,
+        Reason::CostExceedsBurst { cost: 11, burst: 10 }
+    );
+    assert_eq!(keys(&limiter).tracked, 2, "who asked for too much is not remembered");
+    assert_eq!(limiter.status().accepted_cost, 20);
+}
+
+#[test]
+fn rejections_are_events() {
+    let (limiter, _) = keyed(TokenBucket::new(1, MINUTE), 10);
+    let mut events = limiter.subscribe(8);
+    limiter.try_acquire("a").unwrap();
+    limiter.try_acquire("a").unwrap_err();
+    let event = events.try_recv().unwrap();
+    assert!(matches!(event.kind, EventKind::Rejected(why) if why.reason == Reason::OverLimit));
+    assert!(events.try_recv().is_none());
+}
+
+#[test]
+fn a_registry_knows_a_keyed_limit_by_its_name() {
+    let registry = Registry::with_clock(Clock::manual());
+    let bucket = TokenBucket::new(1, MINUTE);
+    let made = registry.keyed_rate_limiter("api", "callers", bucket, 10).unwrap();
+    made.try_acquire("a").unwrap();
+    let same = registry
+        .keyed_rate_limiter("api", "callers", bucket.burst(1), 10)
+        .unwrap();
+    assert!(same.try_acquire("a").is_err(), "the same state");
+    for (algorithm, max) in [(TokenBucket::new(2, MINUTE), 10), (bucket, 11)] {
+        let error = registry
+            .keyed_rate_limiter("api", "callers", algorithm, max)
+            .unwrap_err();
+        assert!(matches!(error, RegistryError::Conflict { .. }), "{error}");
+    }
+    let taken = registry.named_rate_limiter("api", "callers", bucket).unwrap_err();
+    assert!(matches!(taken, RegistryError::Taken { .. }), "{taken}");
+    registry.named_rate_limiter("api", "all", bucket).unwrap();
+    let taken = registry.keyed_rate_limiter("api", "all", bucket, 10).unwrap_err();
+    assert!(matches!(taken, RegistryError::Taken { .. }), "{taken}");
+    registry.register(&made).expect("the same one");
+    let other = KeyedRateLimiter::builder("api", bucket)
+        .limit("callers")
+        .max_keys(10)
+        .build()
+        .unwrap();
+    assert!(matches!(registry.register(other), Err(RegistryError::Taken { .. })));
+    assert!(registry.get_keyed_rate_limiter("api", "callers").is_some());
+    assert!(registry.get_keyed_rate_limiter("api", "all").is_none());
+
+    let mut events = registry.subscribe(8);
+    made.try_acquire("a").unwrap_err();
+    assert!(events.try_recv().is_some(), "a registry's listeners hear it");
+    let status = registry.service_status("api").unwrap();
+    let names: Vec<_> = status
+        .rate_limiters
+        .iter()
+        .map(|it| (it.name.as_str(), it.keys.is_some()))
+        .collect();
+    assert_eq!(names, [("all", false), ("callers", true)]);
+}
+
+#[test]
+fn metrics_tell_counts_and_never_a_key() {
+    let registry = Registry::with_clock(Clock::manual());
+    let limiter = registry
+        .keyed_rate_limiter("api", "callers", TokenBucket::new(1, MINUTE), 2)
+        .unwrap();
+    for key in ["secret-a", "secret-a", "secret-b", "secret-c"] {
+        let _ = limiter.try_acquire(key);
+    }
+    let page = registry.metrics_text(MetricsFormat::Prometheus);
+    for line in [
+        r#"rate_limiter_tracked_keys{service="api",limit="callers"} 2"#,
+        r#"rate_limiter_max_keys{service="api",limit="callers"} 2"#,
+        r#"rate_limiter_evicted_keys_total{service="api",limit="callers"} 0"#,
+        r#"rate_limiter_overflow_requests_total{service="api",limit="callers"} 1"#,
+        r#"rate_limiter_missing_key_requests_total{service="api",limit="callers"} 0"#,
+        r#"rate_limiter_accepted_total{service="api",limit="callers"} 3"#,
+        r#"rate_limiter_rejected_total{service="api",limit="callers",reason="over_limit"} 1"#,
+        r#"rate_limiter_rejected_total{service="api",limit="callers",reason="missing_key"} 0"#,
+    ] {
+        assert!(page.lines().any(|it| it == line), "{line} in\n{page}");
+    }
+    assert!(
+        !page.contains("secret") && !page.contains("rate_limiter_available"),
+        "{page}"
+    );
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Take(u8, u32),
+    TakeBack(u8, u32),
+    Settle(u8, u32, u32),
+    Advance(u64),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        (0..6_u8, 0..5_u32).prop_map(|(key, cost)| Step::Take(key, cost)),
+        (0..6_u8, 1..4_u32).prop_map(|(key, cost)| Step::TakeBack(key, cost)),
+        (0..6_u8, 1..4_u32, 0..6_u32).prop_map(|(key, cost, truth)| Step::Settle(key, cost, truth)),
+        (0..40_000_000_000_u64).prop_map(Step::Advance),
+    ];
+    proptest::collection::vec(step, 1..120)
+}
+
+proptest! {
+    #[test]
+    fn each_key_is_limited_as_by_a_limiter_of_its_own(steps in steps(), which in 0..2_usize) {
+        let (_, algorithm) = algorithms()[which];
+        let (limiter, clock) = keyed(algorithm, 6);
+        let mut singles: HashMap<u8, RateLimiter> = HashMap::new();
+        for step in steps {
+            let mut single = |key: u8| {
+                let single = singles.entry(key).or_insert_with(|| {
+                    RateLimiter::builder("api", algorithm).limit("per-caller").clock(&clock).build().unwrap()
+                });
+                single.clone()
+            };
+            match step {
+                Step::Advance(by) => clock.advance(Duration::from_nanos(by)),
+                Step::Take(key, cost) => {
+                    let (ours, theirs) = (limiter.try_acquire_n(&key, cost), single(key).try_acquire_n(cost));
+                    prop_assert_eq!(ours.err(), theirs.err());
+                }
+                Step::TakeBack(key, cost) => {
+                    match (limiter.try_acquire_n(&key, cost), single(key).try_acquire_n(cost)) {
+                        (Ok(ours), Ok(theirs)) => {
+                            ours.unused();
+                            theirs.unused();
+                        }
+                        (ours, theirs) => prop_assert_eq!(ours.err(), theirs.err()),
+                    }
+                }
+                Step::Settle(key, cost, truth) => {
+                    let verdict = Verdict::new(Outcome::Success).cost(truth);
+                    match (limiter.try_acquire_n(&key, cost), single(key).try_acquire_n(cost)) {
+                        (Ok(ours), Ok(theirs)) => {
+                            ours.settle(verdict);
+                            theirs.settle(verdict);
+                        }
+                        (ours, theirs) => prop_assert_eq!(ours.err(), theirs.err()),
+                    }
+                }
+            }
+            prop_assert!(keys(&limiter).tracked <= 6);
+        }
+    }
+}
