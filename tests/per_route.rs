@@ -1,0 +1,335 @@
+//! A policy for each method and route, with a default and exemptions.
+#![cfg(feature = "http")]
+
+use axum::{
+    Router,
+    body::Body,
+    routing::{any, get},
+};
+use futures_util::FutureExt;
+use http::{Method, Request, StatusCode};
+use portcullis::{
+    CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, Outcome, PerRoute, RateLimitLayer, RateLimiter, Rejected,
+    State, TokenBucket, policy,
+};
+use std::{convert::Infallible, time::Duration};
+use tower::{Layer, Service, ServiceExt, service_fn};
+
+fn limiter(name: &str, limit: u32) -> RateLimiter {
+    let bucket = TokenBucket::new(limit, Duration::from_secs(3600));
+    RateLimiter::builder("api", bucket)
+        .limit(name)
+        .clock(Clock::manual())
+        .build()
+        .unwrap()
+}
+
+fn request(method: Method, path: &str) -> Request<Body> {
+    Request::builder().method(method).uri(path).body(Body::empty()).unwrap()
+}
+
+struct Limits {
+    users: RateLimiter,
+    search: RateLimiter,
+    other: RateLimiter,
+    routes: PerRoute<RateLimiter>,
+}
+
+fn limits() -> Limits {
+    let (users, search, other) = (limiter("users", 100), limiter("search", 100), limiter("other", 100));
+    let routes = PerRoute::builder()
+        .route(Method::GET, "/users/{id}", users.clone())
+        .any("/search", search.clone())
+        .exempt("/health")
+        .default(other.clone())
+        .build()
+        .unwrap();
+    Limits {
+        users,
+        search,
+        other,
+        routes,
+    }
+}
+
+impl Limits {
+    fn used(&self) -> [u64; 3] {
+        [&self.users, &self.search, &self.other].map(|limiter| limiter.status().accepted_requests)
+    }
+}
+
+/// Which limits these requests met: (users, search, other).
+async fn met<S>(limits: &Limits, service: &S, requests: &[(Method, &str)]) -> [u64; 3]
+where
+    S: Service<Request<Body>, Error = Infallible> + Clone,
+{
+    let before = limits.used();
+    for (method, path) in requests {
+        let _ = service.clone().oneshot(request(method.clone(), path)).await;
+    }
+    let after = limits.used();
+    std::array::from_fn(|at| after[at] - before[at])
+}
+
+fn no_router(
+    routes: PerRoute<RateLimiter>,
+) -> impl Service<Request<Body>, Response: Send, Error = Infallible, Future: Send> + Clone {
+    RateLimitLayer::http(routes).layer(service_fn(async |_: Request<Body>| {
+        Ok(http::Response::new(Body::empty()))
+    }))
+}
+
+#[tokio::test]
+async fn without_a_router_the_path_is_matched() {
+    let limits = limits();
+    let service = no_router(limits.routes.clone());
+    let met = async |requests: &[(Method, &str)]| met(&limits, &service, requests).await;
+    assert_eq!(
+        met(&[(Method::GET, "/users/1"), (Method::GET, "/users/2?x=1")]).await,
+        [2, 0, 0]
+    );
+    assert_eq!(met(&[(Method::HEAD, "/users/1")]).await, [1, 0, 0], "HEAD is as GET");
+    assert_eq!(
+        met(&[(Method::POST, "/users/1")]).await,
+        [0, 0, 1],
+        "a method that is not named"
+    );
+    assert_eq!(
+        met(&[(Method::POST, "/search"), (Method::GET, "/search")]).await,
+        [0, 2, 0]
+    );
+    assert_eq!(
+        met(&[(Method::GET, "/health"), (Method::DELETE, "/health")]).await,
+        [0, 0, 0],
+        "exempt"
+    );
+    assert_eq!(met(&[(Method::GET, "/"), (Method::GET, "/users")]).await, [0, 0, 2]);
+}
+
+#[tokio::test]
+async fn no_odd_spelling_is_an_exempt_path() {
+    let limits = limits();
+    let service = no_router(limits.routes.clone());
+    let long = format!("/health/{}", "x".repeat(20_000));
+    let odd = [
+        "/health/",
+        "//health",
+        "/./health",
+        "/x/../health",
+        "/%68ealth",
+        "/Health",
+        "/health%00",
+        "/health;a=b",
+        "/health/x",
+        &long,
+    ];
+    let requests: Vec<_> = odd.iter().map(|path| (Method::GET, *path)).collect();
+    assert_eq!(met(&limits, &service, &requests).await, [0, 0, odd.len() as u64]);
+}
+
+#[tokio::test]
+async fn a_limit_of_a_route_holds_for_all_its_paths() {
+    let users = limiter("users", 2);
+    let routes = PerRoute::builder().any("/users/{id}", users).build().unwrap();
+    let app = Router::new()
+        .route("/users/{id}", any(async || "a user"))
+        .layer(RateLimitLayer::http(routes));
+    let mut statuses = Vec::new();
+    for id in 0..4 {
+        let answer = app
+            .clone()
+            .oneshot(request(Method::GET, &format!("/users/{id}")))
+            .await
+            .unwrap();
+        statuses.push(answer.status());
+    }
+    assert_eq!(
+        statuses,
+        [
+            StatusCode::OK,
+            StatusCode::OK,
+            StatusCode::TOO_MANY_REQUESTS,
+            StatusCode::TOO_MANY_REQUESTS
+        ]
+    );
+}
+
+#[cfg(feature = "axum")]
+#[tokio::test]
+async fn in_axum_the_route_is_the_one_that_axum_has_matched() {
+    let limits = limits();
+    let layer = RateLimitLayer::http(limits.routes.clone());
+    let ok = || any(async || "ok");
+    let app = Router::new()
+        .route("/users/{user}", ok())
+        .route("/users/me", ok())
+        .route("/search", ok())
+        .route("/health", ok())
+        .nest("/v2", Router::new().route("/search", ok()))
+        .fallback(async || "none")
+        .layer(layer);
+    let met = async |requests: &[(Method, &str)]| met(&limits, &app, requests).await;
+    assert_eq!(
+        met(&[(Method::GET, "/users/1")]).await,
+        [1, 0, 0],
+        "a parameter of another name"
+    );
+    assert_eq!(met(&[(Method::GET, "/users/me")]).await, [1, 0, 0]);
+    assert_eq!(
+        met(&[(Method::GET, "/search"), (Method::GET, "/health")]).await,
+        [0, 1, 0]
+    );
+    assert_eq!(
+        met(&[(Method::GET, "/v2/search")]).await,
+        [0, 0, 1],
+        "a template of its own"
+    );
+    assert_eq!(
+        met(&[(Method::GET, "/nothing"), (Method::GET, "/health/")]).await,
+        [0, 0, 2]
+    );
+}
+
+#[tokio::test]
+async fn a_route_layer_limits_one_route() {
+    let report = limiter("report", 1);
+    let app = Router::new()
+        .route(
+            "/report",
+            get(async || "well").route_layer(RateLimitLayer::http(report)),
+        )
+        .route("/search", any(async || "found"));
+    let mut statuses = Vec::new();
+    for path in ["/report", "/report", "/search"] {
+        statuses.push(
+            app.clone()
+                .oneshot(request(Method::GET, path))
+                .await
+                .unwrap()
+                .status()
+                .as_u16(),
+        );
+    }
+    assert_eq!(statuses, [200, 429, 200]);
+}
+
+#[tokio::test]
+async fn breakers_and_pairs_go_by_route_as_well() {
+    let clock = Clock::manual();
+    let breaker = |name: &str| {
+        CircuitBreaker::builder(name)
+            .failure_threshold(1)
+            .half_open_max_calls(1)
+            .success_threshold(1)
+            .clock(&clock)
+            .build()
+            .unwrap()
+    };
+    let (sick, well) = (breaker("sick"), breaker("well"));
+    let routes = PerRoute::builder()
+        .any("/shop.Orders/{method}", (limiter("orders", 10), sick.clone()))
+        .any("/shop.Carts/Get", (limiter("carts", 10), well.clone()))
+        .build()
+        .unwrap();
+    let service = CircuitBreakerLayer::http(routes).layer(service_fn(async |request: Request<Body>| {
+        let mut answer = http::Response::new(Body::empty());
+        if request.uri().path().starts_with("/shop.Orders") && request.method() != Method::PUT {
+            *answer.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+        }
+        Ok::<_, Infallible>(answer)
+    }));
+    let ask = async |method, path: &str| {
+        service
+            .clone()
+            .oneshot(request(method, path))
+            .await
+            .unwrap()
+            .status()
+            .as_u16()
+    };
+    assert_eq!(ask(Method::POST, "/shop.Orders/Place").await, 500);
+    assert_eq!((sick.state(), well.state()), (State::Open, State::Closed));
+    assert_eq!(
+        ask(Method::POST, "/shop.Orders/Cancel").await,
+        503,
+        "one circuit for the service"
+    );
+    assert_eq!(ask(Method::POST, "/shop.Carts/Get").await, 200);
+    assert_eq!(ask(Method::POST, "/elsewhere").await, 200, "without a default");
+    assert_eq!(sick.status().metrics.rejected_requests, 1, "counted once");
+    clock.advance(Duration::from_secs(60));
+    assert_eq!(sick.state(), State::HalfOpen);
+    assert_eq!(ask(Method::PUT, "/shop.Orders/Place").await, 200, "a probe");
+    assert_eq!(sick.state(), State::Closed);
+    assert_eq!(sick.status().probes_in_flight, 0);
+}
+
+#[tokio::test]
+async fn in_a_pair_the_refusal_of_a_route_burns_nothing() {
+    let (search, all) = (limiter("search", 1), limiter("all", 10));
+    let routes = PerRoute::builder().any("/search", search.clone()).build().unwrap();
+    let service =
+        GuardLayer::new((all.clone(), routes)).layer(service_fn(async |_: Request<Body>| Ok::<_, Infallible>(())));
+    for admitted in [true, false, false] {
+        let answer = service.clone().oneshot(request(Method::GET, "/search")).await;
+        assert_eq!(answer.is_ok(), admitted);
+    }
+    assert_eq!(
+        (all.status().accepted_requests, search.status().rejected_requests),
+        (1, 2)
+    );
+}
+
+#[test]
+fn routes_that_make_no_sense_are_refused() {
+    let build = |templates: &[&str]| {
+        let builder = templates.iter().fold(PerRoute::builder(), |builder, template| {
+            builder.any(*template, limiter("x", 1))
+        });
+        builder.build().map(|_| ()).map_err(|error| error.to_string())
+    };
+    for bad in [
+        &["search"][..],
+        &[""],
+        &["/a/{"],
+        &["/a/{}"],
+        &["/a/{*rest}/b"],
+        &["/a", "/a"],
+        &["/a/{x}", "/a/{y}"],
+    ] {
+        let error = build(bad).unwrap_err();
+        assert!(error.starts_with("template is "), "{error}");
+    }
+    build(&["/a/{x}", "/a/me", "/{*rest}"]).unwrap();
+    let twice = PerRoute::builder()
+        .route(Method::GET, "/a", limiter("x", 1))
+        .route(Method::GET, "/a", limiter("y", 1));
+    assert!(twice.build().is_err());
+}
+
+#[test]
+fn a_closure_may_pick_the_policy() {
+    let clock = Clock::manual();
+    let odd = CircuitBreaker::builder("odd")
+        .failure_threshold(1)
+        .clock(&clock)
+        .build()
+        .unwrap();
+    let picked = odd.clone();
+    let pick = policy::select(move |n: &u32| (n % 2 == 1).then(|| picked.clone()));
+    let service = GuardLayer::new(pick)
+        .classify(|result: &Result<u32, Infallible>| match result {
+            Ok(3) => Outcome::Failure,
+            _ => Outcome::Success,
+        })
+        .layer(service_fn(async |n: u32| Ok::<_, Infallible>(n)));
+    let ask = |n| service.clone().oneshot(n).now_or_never().unwrap();
+    ask(3).unwrap();
+    ask(2).unwrap();
+    let error = ask(1).unwrap_err();
+    assert_eq!(Rejected::find(&*error).unwrap().service, "odd");
+    assert_eq!(odd.status().metrics.rejected_requests, 1);
+    clock.advance(Duration::from_secs(60));
+    ask(1).unwrap();
+    assert_eq!(odd.status().success_count, 1, "a probe");
+}
