@@ -289,7 +289,7 @@ async fn a_tonic_client_behind_a_breaker_judges_statuses_and_streams() {
         tonic::transport::Server::builder()
             .add_service(service)
             .serve_with_incoming_shutdown(tokio_stream::wrappers::TcpListenerStream::new(listener), async {
-                stopped.await.unwrap_or(())
+                stopped.await.unwrap_or(());
             }),
     );
     let clock = Clock::manual();

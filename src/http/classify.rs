@@ -374,6 +374,7 @@ impl GrpcClassifier {
 }
 
 const STATUS: &str = "grpc-status";
+const WEB: &[u8] = b"application/grpc-web";
 
 /// A decimal number without a sign or leading zeros.
 fn number<N: std::str::FromStr>(text: &str) -> Option<N> {
@@ -414,7 +415,6 @@ impl Judge for GrpcClassifier {
             return Judged::Now(self.verdict(code_of(response.status()), Some(headers)));
         }
         let content_type = headers.get(header::CONTENT_TYPE).map_or(&b""[..], |it| it.as_bytes());
-        const WEB: &[u8] = b"application/grpc-web";
         let web = content_type
             .get(..WEB.len())
             .is_some_and(|start| start.eq_ignore_ascii_case(WEB));

@@ -208,9 +208,14 @@ impl ClientIp {
     /// The hops that proxies have written, the latest first: `None` for one that is no address. Lines are one list, in order.
     fn hops<'a, B>(&self, request: &'a Request<B>) -> impl Iterator<Item = Option<IpAddr>> + use<'a, B> {
         const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-        let (name, parse): (_, fn(&[u8]) -> Option<IpAddr>) = match self.forwarded {
-            Forwarded::XForwardedFor => (X_FORWARDED_FOR, address),
-            Forwarded::Rfc7239 => (FORWARDED, forwarded_for),
+        let forwarded = self.forwarded;
+        let name = match forwarded {
+            Forwarded::XForwardedFor => X_FORWARDED_FOR,
+            Forwarded::Rfc7239 => FORWARDED,
+        };
+        let parse = move |hop: &[u8]| match forwarded {
+            Forwarded::XForwardedFor => address(hop),
+            Forwarded::Rfc7239 => forwarded_for(hop),
         };
         let lines = request.headers().get_all(name).into_iter().rev();
         lines.flat_map(|line| elements(line.as_bytes()).rev()).map(parse)

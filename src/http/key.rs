@@ -146,15 +146,14 @@ impl<B> Key<Request<B>> for Host {
         // No byte of a host: the port cannot pass for a part of the name.
         hasher.write_u8(0xff);
         let port = authority.port_u16();
-        port.filter(|port| Some(*port) != default_port(request.uri()))
-            .hash(hasher);
+        port.filter(|port| *port != default_port(request.uri())).hash(hasher);
         true
     }
 }
 
-fn default_port(uri: &Uri) -> Option<u16> {
+fn default_port(uri: &Uri) -> u16 {
     match uri.scheme_str() {
-        Some("https") => Some(443),
-        _ => Some(80),
+        Some("https") => 443,
+        _ => 80,
     }
 }

@@ -54,9 +54,13 @@ struct Routes<P> {
 
 /// The rules of one template.
 struct Rules<P> {
-    /// A rule without a policy exempts.
-    by_method: Vec<(Method, Option<P>)>,
-    any: Option<Option<P>>,
+    by_method: Vec<(Method, Rule<P>)>,
+    any: Option<Rule<P>>,
+}
+
+enum Rule<P> {
+    Ask(P),
+    Exempt,
 }
 
 /// Makes a [`PerRoute`]; from [`PerRoute::builder`].
@@ -69,26 +73,26 @@ struct Rules<P> {
 /// ```
 #[must_use = "a builder does nothing until `build`"]
 pub struct PerRouteBuilder<P> {
-    rules: Vec<(Option<Method>, String, Option<P>)>,
+    rules: Vec<(Option<Method>, String, Rule<P>)>,
     default: Option<P>,
 }
 
 impl<P> PerRouteBuilder<P> {
     /// The policy of one method of a route.
     pub fn route(mut self, method: Method, template: impl Into<String>, policy: P) -> Self {
-        self.rules.push((Some(method), template.into(), Some(policy)));
+        self.rules.push((Some(method), template.into(), Rule::Ask(policy)));
         self
     }
 
     /// The policy of a route, for the methods that have none of their own.
     pub fn any(mut self, template: impl Into<String>, policy: P) -> Self {
-        self.rules.push((None, template.into(), Some(policy)));
+        self.rules.push((None, template.into(), Rule::Ask(policy)));
         self
     }
 
     /// Admits a route's requests unasked, for the methods that have no policy of their own.
     pub fn exempt(mut self, template: impl Into<String>) -> Self {
-        self.rules.push((None, template.into(), None));
+        self.rules.push((None, template.into(), Rule::Exempt));
         self
     }
 
@@ -111,34 +115,32 @@ impl<P> PerRouteBuilder<P> {
             rules: Vec::new(),
             default: self.default,
         };
-        for (method, template, policy) in self.rules {
+        for (method, template, rule) in self.rules {
             let refused = |expected: String| ConfigError::new("template", format!("{template:?}"), expected);
             if !template.starts_with('/') {
                 return Err(refused("a path that begins with a slash".into()));
             }
-            let at = match routes.by_template.get(&template) {
-                Some(at) => *at,
-                None => {
-                    let at = routes.rules.len();
-                    routes.by_path.insert(&template, at).map_err(|error| {
-                        refused(format!("a template like /users/{{id}} that no other overlaps: {error}"))
-                    })?;
-                    routes.by_template.insert(template.clone(), at);
-                    routes.rules.push(Rules {
-                        by_method: Vec::new(),
-                        any: None,
-                    });
-                    at
-                }
-            };
+            let known = routes.by_template.get(&template).copied();
+            let at = known.unwrap_or(routes.rules.len());
+            if known.is_none() {
+                let inserted = routes.by_path.insert(&template, at);
+                inserted.map_err(|error| {
+                    refused(format!("a template like /users/{{id}} that no other overlaps: {error}"))
+                })?;
+                routes.by_template.insert(template.clone(), at);
+                routes.rules.push(Rules {
+                    by_method: Vec::new(),
+                    any: None,
+                });
+            }
             let rules = &mut routes.rules[at];
             match method {
                 None if rules.any.is_some() => return Err(refused("one rule for any method".into())),
-                None => rules.any = Some(policy),
+                None => rules.any = Some(rule),
                 Some(method) if rules.by_method.iter().any(|(of, _)| *of == method) => {
                     return Err(refused(format!("one rule for {method}")));
                 }
-                Some(method) => rules.by_method.push((method, policy)),
+                Some(method) => rules.by_method.push((method, rule)),
             }
         }
         Ok(PerRoute(Arc::new(routes)))
@@ -146,7 +148,7 @@ impl<P> PerRouteBuilder<P> {
 }
 
 impl<P> Rules<P> {
-    fn of(&self, method: &Method) -> Option<&Option<P>> {
+    fn of(&self, method: &Method) -> Option<&Rule<P>> {
         let named = |method: &Method| self.by_method.iter().find(|(of, _)| of == method);
         let head = || {
             if *method == Method::HEAD {
@@ -155,10 +157,7 @@ impl<P> Rules<P> {
                 None
             }
         };
-        named(method)
-            .or_else(head)
-            .map(|(_, policy)| policy)
-            .or(self.any.as_ref())
+        named(method).or_else(head).map(|(_, rule)| rule).or(self.any.as_ref())
     }
 }
 
@@ -182,7 +181,8 @@ impl<P> PerRoute<P> {
             None => routes.by_path.at(request.uri().path()).ok().map(|found| *found.value),
         };
         match at.and_then(|at| routes.rules[at].of(request.method())) {
-            Some(rule) => rule.as_ref(),
+            Some(Rule::Ask(policy)) => Some(policy),
+            Some(Rule::Exempt) => None,
             None => routes.default.as_ref(),
         }
     }
