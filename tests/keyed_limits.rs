@@ -398,7 +398,7 @@ fn a_request_without_a_key_meets_what_was_chosen() {
     for missing in [Missing::Shared, Missing::Reject, Missing::Exempt] {
         let (limiter, _) = keyed(TokenBucket::new(1, MINUTE), 10);
         let service = RateLimitLayer::new(limiter.by(caller).missing(missing)).layer(yes());
-        let mut ask = || service.clone().oneshot(call(None)).now_or_never();
+        let ask = || service.clone().oneshot(call(None)).now_or_never();
         match missing {
             Missing::Shared => {
                 ask().unwrap().unwrap();

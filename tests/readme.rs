@@ -3,7 +3,10 @@
 //! `tests/run` installs `promtool`, which runs the alert rules.
 #![cfg(feature = "http")]
 
-use portcullis::{CircuitBreakerConfig, Clock, MetricsFormat, Outcome, RateLimiter, Registry, TokenBucket, Window};
+use portcullis::{
+    CircuitBreakerConfig, Clock, KeyedCircuitBreaker, KeyedRateLimiter, MetricsFormat, Outcome, RateLimiter, Registry,
+    TokenBucket, Window,
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -61,6 +64,11 @@ fn families() -> BTreeMap<String, (String, BTreeSet<String>)> {
     breaker.try_acquire().unwrap().settle(Outcome::Success);
     registry
         .register(RateLimiter::new("a", TokenBucket::new(1, Duration::from_secs(1))).unwrap())
+        .unwrap();
+    let keyed = KeyedRateLimiter::builder("a", TokenBucket::new(1, Duration::from_secs(1))).limit("keyed");
+    registry.register(keyed.build().unwrap()).unwrap();
+    registry
+        .register(KeyedCircuitBreaker::builder("b").build().unwrap())
         .unwrap();
     let mut families = BTreeMap::new();
     for line in registry.metrics_text(MetricsFormat::Prometheus).lines() {
