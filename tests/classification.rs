@@ -141,8 +141,8 @@ const IGNORED: [u64; 4] = [0, 0, 1, 0];
 const CANCELLED: [u64; 4] = [0, 0, 0, 1];
 
 /// Makes a call, and reads its answer to the end. What was counted at the head, and at the end.
-fn judged<C: Clone>(
-    layer: GuardLayer<CircuitBreaker, C, portcullis::AsResponse>,
+fn judged<C>(
+    layer: &GuardLayer<CircuitBreaker, C, portcullis::AsResponse>,
     world: &World,
     answer: Response<Script>,
 ) -> ([u64; 4], [u64; 4])
@@ -164,12 +164,12 @@ where
 
 fn http(answer: Response<Script>) -> ([u64; 4], [u64; 4]) {
     let world = World::default();
-    judged(CircuitBreakerLayer::http(world.breaker.clone()), &world, answer)
+    judged(&CircuitBreakerLayer::http(world.breaker.clone()), &world, answer)
 }
 
 fn grpc(answer: Response<Script>) -> ([u64; 4], [u64; 4]) {
     let world = World::default();
-    judged(CircuitBreakerLayer::grpc(world.breaker.clone()), &world, answer)
+    judged(&CircuitBreakerLayer::grpc(world.breaker.clone()), &world, answer)
 }
 
 #[test]
@@ -286,7 +286,7 @@ fn statuses_may_be_judged_otherwise_and_the_last_word_counts() {
         let world = World::default();
         let layer = CircuitBreakerLayer::http(world.breaker.clone()).classify_with(classifier.clone());
         let answer = response(status, &[], script([Step::Data("x")]));
-        assert_eq!(judged(layer, &world, answer), (at_head, at_end), "{status}");
+        assert_eq!(judged(&layer, &world, answer), (at_head, at_end), "{status}");
     }
 }
 
@@ -418,7 +418,7 @@ fn grpc_codes_may_be_judged_otherwise() {
         let world = World::default();
         let layer = CircuitBreakerLayer::grpc(world.breaker.clone()).classify_with(classifier);
         let answer = response(200, &[], script([Step::Trailers(vec![("grpc-status", code)])]));
-        assert_eq!(judged(layer, &world, answer), (NOTHING, counts), "{code}");
+        assert_eq!(judged(&layer, &world, answer), (NOTHING, counts), "{code}");
     }
 }
 
@@ -490,7 +490,7 @@ fn an_adaptive_limit_learns_from_streams() {
         drop(answer.collect().now_or_never());
     }
     clock.advance(Duration::from_secs(1));
-    assert_eq!(limiter.status().rate, 50.0);
+    assert_eq!(limiter.status().rate.to_string(), "50");
 }
 
 #[test]
@@ -538,11 +538,11 @@ fn the_service_says_how_long_it_wants_to_be_left_alone() {
         let world = World::new(config);
         let answer = response(status, fields, script([]));
         if grpc {
-            judged(CircuitBreakerLayer::grpc(world.breaker.clone()), &world, answer);
+            judged(&CircuitBreakerLayer::grpc(world.breaker.clone()), &world, answer);
         } else {
             let classifier = HttpClassifier::new().rate_limited(Outcome::Failure);
             judged(
-                CircuitBreakerLayer::http(world.breaker.clone()).classify_with(classifier),
+                &CircuitBreakerLayer::http(world.breaker.clone()).classify_with(classifier),
                 &world,
                 answer,
             );
@@ -603,7 +603,7 @@ fn hostile_headers_are_read_as_nothing() {
             .honor_retry_after(Duration::from_secs(600)),
     );
     let answer = response(503, &[("retry-after", long), ("grpc-status", long)], script([]));
-    judged(CircuitBreakerLayer::http(world.breaker.clone()), &world, answer);
+    judged(&CircuitBreakerLayer::http(world.breaker.clone()), &world, answer);
     assert_eq!(world.breaker.status().retry_after, Some(Duration::from_secs(60)));
     let mut bytes = response(200, &[], script([]));
     bytes
@@ -761,7 +761,7 @@ fn a_judge_of_ones_own_sees_the_request_and_the_end() {
         let world = World::default();
         let layer = CircuitBreakerLayer::http(world.breaker.clone()).classify_with(Announced(path.into()));
         assert_eq!(
-            judged(layer, &world, response(500, &[], script([Step::Data("a")]))),
+            judged(&layer, &world, response(500, &[], script([Step::Data("a")]))),
             (NOTHING, counts)
         );
     }
@@ -792,9 +792,9 @@ mod tower_http {
             let world = World::default();
             let layer = CircuitBreakerLayer::http(world.breaker.clone());
             let judged = if grpc {
-                judged(layer.classify_with(by_code.clone()), &world, answer)
+                judged(&layer.classify_with(by_code.clone()), &world, answer)
             } else {
-                judged(layer.classify_with(by_status.clone()), &world, answer)
+                judged(&layer.classify_with(by_status.clone()), &world, answer)
             };
             assert_eq!(judged, counts);
         }

@@ -114,7 +114,7 @@ fn rfc_7239_is_read_as_it_is_written() {
 
 #[test]
 fn a_chain_as_long_as_a_header_may_be_is_looked_at_only_so_far() {
-    let long = format!("203.0.113.7, {}", ["10.0.0.2"; 5_000].join(", "));
+    let long = format!("203.0.113.7, {}", vec!["10.0.0.2"; 5_000].join(", "));
     assert_eq!(
         behind_proxies().of(&request("10.0.0.1", &[("x-forwarded-for", &long)])),
         Some(ip("10.0.0.2")),

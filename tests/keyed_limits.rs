@@ -77,7 +77,7 @@ fn a_rejection_tells_all_that_an_unkeyed_limit_tells() {
     }
     let why = limiter.try_acquire("a").unwrap_err();
     let wait = why.retry_after.unwrap();
-    clock.advance(wait - Duration::from_nanos(1));
+    clock.advance(wait.saturating_sub(Duration::from_nanos(1)));
     assert!(limiter.try_acquire("a").is_err(), "one nanosecond early");
     clock.advance(Duration::from_nanos(1));
     limiter.try_acquire("a").unwrap();
@@ -111,7 +111,7 @@ fn only_a_key_that_has_its_whole_quota_makes_room() {
         exhaust(&limiter, 1);
         clock.advance(MINUTE / 2);
         exhaust(&limiter, 2);
-        clock.advance(MINUTE / 2 - Duration::from_nanos(1));
+        clock.advance((MINUTE / 2).saturating_sub(Duration::from_nanos(1)));
         limiter.try_acquire(&3_u64).expect("the overflow's");
         assert_eq!(
             (keys(&limiter).evicted, keys(&limiter).overflow_requests),

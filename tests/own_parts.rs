@@ -1,4 +1,5 @@
 //! Policies, classifiers and rejecters that a user writes.
+#![expect(clippy::float_cmp, reason = "tokens are taken and given back whole")]
 
 use portcullis::{
     BoxError, CircuitBreaker, Clock, GuardLayer, Name, Outcome, Quota, RateLimitLayer, RateLimiter, Reason, Rejected,
@@ -282,7 +283,7 @@ impl<Res, Err> Classify<u32, Res, Err> for EvenIsFine {
     type Seen = bool;
     type Response<P: Permit> = Res;
     fn see(&self, request: &u32) -> bool {
-        request % 2 == 0
+        request.is_multiple_of(2)
     }
     fn finish<P: Permit>(even: bool, result: Result<Res, Err>, permit: P, now: &Reading) -> Result<Res, Err> {
         let outcome = if even { Outcome::Success } else { Outcome::Failure };
