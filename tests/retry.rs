@@ -7,7 +7,6 @@ use portcullis::{
     retry::{Again, RetryRejected},
 };
 use std::{
-    convert::Infallible,
     io,
     sync::{
         Arc,
@@ -356,7 +355,7 @@ fn a_rejection_that_a_response_carries_is_retried_as_it_says() {
         Ok(response)
     };
     let policy = RetryRejected::new(budget(&clock, 9)).clock(&clock).retry_if(
-        |result: &Result<Response<String>, Infallible>| {
+        |result: &Result<Response<String>, std::convert::Infallible>| {
             let response = result.as_ref().ok()?;
             response.extensions().get::<Rejected>()?.retry_after
         },

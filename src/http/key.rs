@@ -36,7 +36,7 @@ pub fn header(name: &str) -> Result<Header, ConfigError> {
     })
 }
 
-/// A header field as a key: from [`header`].
+/// A header field as a key: from [`header()`].
 #[derive(Debug, Clone)]
 pub struct Header(HeaderName);
 
