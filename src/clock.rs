@@ -209,9 +209,9 @@ fn from_system(now: tokio::time::Instant) -> Timestamp {
 
 /// The time of day, for those who are told an instant and not a wait. Zero on a machine that is set to before 1970.
 #[cfg(feature = "http")]
-pub(crate) fn unix_seconds() -> u64 {
-    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since_1970.map_or(0, |passed| passed.as_secs())
+pub(crate) fn since_1970() -> Duration {
+    let passed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    passed.unwrap_or_default()
 }
 
 /// Made once: calibration takes time, and `CPUID` is slow on virtual machines.

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     GuardLayer,
-    clock::{Reading, unix_seconds},
+    clock::{Reading, since_1970},
     permit::Permit,
     quota::{Quota, whole_seconds},
     reject::Reject,
@@ -28,6 +28,7 @@ use std::{
     marker::PhantomData,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 /// Rejections are answers: 429 and 503 over HTTP, `RESOURCE_EXHAUSTED` and `UNAVAILABLE` over gRPC. The inner service's error
@@ -221,8 +222,8 @@ impl AsResponse {
 
     fn tell_quota(self, headers: &mut HeaderMap, quota: &Quota, reset: Option<u64>) {
         let unix_now = match self.headers {
-            RateLimitHeaders::XRateLimitEpoch => unix_seconds(),
-            _ => 0,
+            RateLimitHeaders::XRateLimitEpoch => since_1970(),
+            _ => Duration::ZERO,
         };
         self.headers.write(headers, quota, reset, unix_now);
     }

@@ -2,7 +2,7 @@
 
 use crate::quota::{Quota, whole_seconds};
 use http::{HeaderMap, HeaderName, HeaderValue};
-use std::{cmp::Reverse, fmt::Write};
+use std::{cmp::Reverse, fmt::Write, time::Duration};
 
 /// How answers tell clients what their limits admit and what is left: on admitted and on rejected calls alike.
 ///
@@ -81,7 +81,7 @@ impl RateLimitHeaders {
     /// Adds the quota to the headers. `reset` is in seconds, `None` if no time can be told: then draft 11 leaves it out, and the
     /// other forms, which must have one, say the whole window. `unix_now` is read by [`XRateLimitEpoch`](Self::XRateLimitEpoch)
     /// alone.
-    pub(super) fn write(self, headers: &mut HeaderMap, quota: &Quota, reset: Option<u64>, unix_now: u64) {
+    pub(super) fn write(self, headers: &mut HeaderMap, quota: &Quota, reset: Option<u64>, unix_now: Duration) {
         let window = whole_seconds(quota.window).as_secs().clamp(1, MOST);
         let told = reset.map(|seconds| seconds.min(MOST));
         let numbers = Numbers {
@@ -101,7 +101,9 @@ impl RateLimitHeaders {
                 single(headers, &DRAFT_6, numbers);
             }
             Self::XRateLimitEpoch => {
-                let reset = unix_now.saturating_add(numbers.reset).min(MOST);
+                // Rounded up as the wait is: else the sum might be too early.
+                let now = whole_seconds(unix_now).as_secs();
+                let reset = now.saturating_add(numbers.reset).min(MOST);
                 single(headers, &X_RATELIMIT, Numbers { reset, ..numbers });
             }
             Self::XRateLimitDelta => single(headers, &X_RATELIMIT, numbers),
@@ -209,7 +211,6 @@ fn header_value(value: String) -> Option<HeaderValue> {
 mod tests {
     use super::*;
     use crate::Name;
-    use std::time::Duration;
 
     fn quota(limit: u32, remaining: u64) -> Quota {
         let mut quota = Quota::new(Name::try_from("api").unwrap(), limit, Duration::from_secs(60));
@@ -227,13 +228,20 @@ mod tests {
             RateLimitHeaders::XRateLimitEpoch.write(headers, quota, reset, unix_now);
         };
         let mut headers = HeaderMap::new();
-        write(&mut headers, &quota(100, 5), Some(30), 1_767_225_600);
+        let new_year = Duration::from_secs(1_767_225_600);
+        write(&mut headers, &quota(100, 5), Some(30), new_year);
         assert_eq!(epoch(&headers), ["100", "5", "1767225630"]);
-        write(&mut headers, &quota(9, 5), Some(29), 1_767_225_600);
+        write(&mut headers, &quota(9, 5), Some(29), new_year);
         assert_eq!(epoch(&headers), ["100", "5", "1767225630"], "it resets earlier");
-        write(&mut headers, &quota(9, 5), Some(31), 1_767_225_600);
+        write(&mut headers, &quota(9, 5), Some(31), new_year);
         assert_eq!(epoch(&headers), ["9", "5", "1767225631"]);
-        write(&mut headers, &quota(7, 4), None, u64::MAX);
-        assert_eq!(epoch(&headers), ["7", "4", "999999999999999"]);
+        write(&mut headers, &quota(7, 4), Some(31), new_year + Duration::from_nanos(1));
+        assert_eq!(
+            epoch(&headers),
+            ["7", "4", "1767225632"],
+            "not before the 31 seconds are over"
+        );
+        write(&mut headers, &quota(7, 3), None, Duration::MAX);
+        assert_eq!(epoch(&headers), ["7", "3", "999999999999999"]);
     }
 }
