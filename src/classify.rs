@@ -55,9 +55,9 @@ pub trait Classify<Req, Res, Err> {
 /// [`GuardLayer::classify`](crate::GuardLayer::classify).
 ///
 /// An error that carries a [`Rejected`](crate::Rejected) of another portcullis policy is ignored: a local refusal is not the
-/// service's failure. It is seen in a boxed error, an [`io::Error`](std::io::Error), an `Arc` and the like, however deep; inside
-/// an error type of your own, say so with [`classify_error`](crate::GuardLayer::classify_error) and
-/// [`Rejected::find`](crate::Rejected::find).
+/// service's failure. It is seen in a boxed error, an [`io::Error`](std::io::Error), an `Arc` and the like, and with the feature
+/// `tonic` in a `tonic::Status`, however deep; inside an error type of your own, say so with
+/// [`classify_error`](crate::GuardLayer::classify_error) and [`Rejected::find`](crate::Rejected::find).
 ///
 /// ```
 /// # use portcullis::{CircuitBreaker, CircuitBreakerLayer, ErrorsAreFailures};

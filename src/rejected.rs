@@ -249,13 +249,13 @@ impl Rejected {
     /// The same for an error type of which nothing is known: sees the usual carriers only.
     pub(crate) fn find_in<E: 'static>(error: &E) -> Option<&Self> {
         macro_rules! carriers {
-            ($any:ident: $($plain:ty),+; boxed $($boxed:ty),+) => {
+            ($any:ident: $($plain:ty),+; boxed $($boxed:ty),*) => {
                 $(if let Some(error) = $any.downcast_ref::<$plain>() {
                     return Self::find(error);
                 })+
                 $(if let Some(error) = $any.downcast_ref::<$boxed>() {
                     return Self::find(&**error);
-                })+
+                })*
             };
         }
         let any: &dyn Any = error;
@@ -269,6 +269,9 @@ impl Rejected {
             Self, Box<Self>, Arc<Self>, io::Error, Box<io::Error>, Arc<io::Error>, Error<io::Error>, Error<Self>, Error<std::convert::Infallible>;
             boxed BoxError, Box<dyn StdError + Send>, Box<dyn StdError>, Arc<dyn StdError + Send + Sync>
         );
+        // What a generated client fails with, whatever it was that its channel failed with.
+        #[cfg(feature = "tonic")]
+        carriers!(any: tonic::Status, Box<tonic::Status>, Error<tonic::Status>; boxed);
         None
     }
 }

@@ -1185,6 +1185,28 @@ mod as_status {
         }
     }
 
+    #[tokio::test]
+    async fn a_local_refusal_in_a_status_is_no_failure_of_the_service() {
+        let why = Rejected::new(name("inner"), Reason::Open);
+        let breaker = CircuitBreaker::builder("search").failure_threshold(1).build().unwrap();
+        let refused = || tonic::Status::from(&why);
+        breaker.call(async { Err::<(), _>(refused()) }).await.unwrap_err();
+        let boxed = async { Err::<(), _>(Box::new(refused())) };
+        breaker.call(boxed).await.unwrap_err();
+        let nested = async { Err::<(), _>(portcullis::Error::Inner(refused())) };
+        breaker.call(nested).await.unwrap_err();
+
+        // What a generated client makes of an error of its channel.
+        let of_channel = || tonic::Status::from_error(Box::new(why.clone()));
+        breaker.call(async { Err::<(), _>(of_channel()) }).await.unwrap_err();
+        let metrics = breaker.status().metrics;
+        assert_eq!((metrics.ignored_requests, metrics.failed_requests), (4, 0));
+
+        let upstream = async { Err::<(), _>(tonic::Status::unavailable("of the service itself")) };
+        breaker.call(upstream).await.unwrap_err();
+        assert_eq!(breaker.status().metrics.failed_requests, 1);
+    }
+
     #[test]
     fn looking_for_the_status_changes_nothing_that_is_seen_of_a_rejection() {
         fn check<T: Send + Sync + UnwindSafe + RefUnwindSafe + Unpin>(_: &T) {}
