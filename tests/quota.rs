@@ -1,6 +1,8 @@
 //! What a limit tells of itself: how many requests in which window, what remains, and when all of it is back.
 
-use portcullis::{Adaptive, Algorithm, Clock, ManualClock, Name, Quota, RateLimiter, SlidingWindow, TokenBucket};
+use portcullis::{
+    Adaptive, Algorithm, Clock, KeyedRateLimiter, ManualClock, Name, Quota, RateLimiter, SlidingWindow, TokenBucket,
+};
 use std::time::Duration;
 
 const fn ms(n: u64) -> Duration {
@@ -130,6 +132,26 @@ fn a_rejection_tells_the_quota_of_the_limit_that_refused() {
     let never = limiter.try_acquire_n(11).unwrap_err();
     assert_eq!(never.retry_after, None);
     assert_eq!(never.quota().unwrap().remaining, 3);
+}
+
+#[test]
+fn what_remains_is_rounded_down_also_where_a_float_would_round_up() {
+    let century = secs(100 * 365 * 86_400);
+    let clock = Clock::manual();
+    let bucket = RateLimiter::builder("search", TokenBucket::new(1, century)).clock(&clock);
+    let bucket = bucket.build().unwrap();
+    let keys = KeyedRateLimiter::builder("search", TokenBucket::new(1, century)).clock(&clock);
+    let keys = keys.build().unwrap();
+    bucket.try_acquire().unwrap();
+    keys.try_acquire(&7).unwrap();
+    clock.advance(century - Duration::from_nanos(1));
+    assert_eq!(bucket.quota().remaining, 0);
+    let refused = keys.try_acquire(&7).unwrap_err();
+    assert_eq!(refused.retry_after, Some(Duration::from_nanos(1)));
+    assert_eq!(refused.quota().unwrap().remaining, 0, "or it would not be refused");
+    clock.advance(Duration::from_nanos(1));
+    assert_eq!(bucket.quota().remaining, 1);
+    keys.try_acquire(&7).unwrap();
 }
 
 #[test]

@@ -504,4 +504,8 @@ impl AdaptiveState {
     pub(super) fn tokens(&self, now: Timestamp) -> f64 {
         self.bucket().tokens(&self.line(now), now)
     }
+
+    pub(super) fn whole_tokens(&self, now: Timestamp) -> u32 {
+        self.bucket().whole_tokens(&self.line(now), now)
+    }
 }

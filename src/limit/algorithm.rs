@@ -334,13 +334,12 @@ impl View<'_> {
     }
 
     /// What is there now, in whole requests.
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "between nothing and the burst, which is an u32"
-    )]
     pub(super) fn whole_available(&self, now: Timestamp) -> u32 {
-        self.available(now).max(0.0) as u32
+        match self {
+            Self::TokenBucket(state) => state.whole_tokens(now),
+            Self::SlidingWindow(state) => u32::try_from(state.available(now)).unwrap_or(u32::MAX),
+            Self::Adaptive(state) => state.whole_tokens(now),
+        }
     }
 
     /// The adaptive rate now.

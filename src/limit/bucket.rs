@@ -311,6 +311,12 @@ impl Bucket<'_> {
         let content = self.look(line, now).content.clamp(0, self.scale.burst);
         content as f64 / self.scale.token as f64
     }
+
+    /// The same in whole tokens. Not by way of a float: a large content would be rounded up to a token that is not there yet.
+    pub(super) fn whole_tokens(&self, line: &Line, now: Timestamp) -> u32 {
+        let content = self.look(line, now).content.clamp(0, self.scale.burst);
+        u32::try_from(content.cast_unsigned() / self.scale.token).unwrap_or(u32::MAX)
+    }
 }
 
 /// What one look at a bucket shows.

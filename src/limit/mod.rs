@@ -241,13 +241,10 @@ impl Core {
         (self.state().available(now) - self.queue.cost() as f64).max(0.0)
     }
 
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "between nothing and the burst, which is an u32"
-    )]
+    /// The same in whole requests.
     fn whole_available(&self, now: Timestamp) -> u32 {
-        self.available(now) as u32
+        let waiting = u32::try_from(self.queue.cost()).unwrap_or(u32::MAX);
+        self.state().whole_available(now).saturating_sub(waiting)
     }
 
     fn quota(&self, now: Timestamp) -> Quota {

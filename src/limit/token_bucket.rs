@@ -196,4 +196,8 @@ impl TokenBucketView<'_> {
     pub(super) fn tokens(&self, now: Timestamp) -> f64 {
         self.bucket.tokens(self.line, now)
     }
+
+    pub(super) fn whole_tokens(&self, now: Timestamp) -> u32 {
+        self.bucket.whole_tokens(self.line, now)
+    }
 }
