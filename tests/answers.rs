@@ -955,7 +955,8 @@ fn a_request_is_grpc_if_its_content_type_begins_so() {
 
 #[test]
 fn the_longest_names_fit_into_the_headers_that_http_2_takes_by_default() {
-    let worst = "\u{1}".repeat(Name::MAX_LEN);
+    // Of what is escaped, it becomes the longest.
+    let worst = "\u{7f}".repeat(Name::MAX_LEN);
     let clock = Clock::manual();
     let limit = RateLimiter::builder(&worst, TokenBucket::new(1, MINUTE))
         .limit(&worst)
@@ -1036,6 +1037,40 @@ async fn on_one_http_1_connection_each_answer_ends_where_the_next_begins() {
     }
     assert!(lengths[0] > 0);
     assert_eq!(lengths, [lengths[0], 0, lengths[0], 0]);
+}
+
+#[tokio::test]
+async fn on_http_2_an_answer_without_a_body_ends_with_its_headers() {
+    let inner =
+        service_fn(async |_: Request<hyper::body::Incoming>| Ok::<_, Infallible>(Response::new(Inner::default())));
+    let service = CircuitBreakerLayer::new(forced_open()).respond().layer(inner);
+    let (near, far) = tokio::io::duplex(65_536);
+    let service = hyper_util::service::TowerToHyperService::new(service);
+    let server = hyper::server::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new());
+    tokio::spawn(server.serve_connection(hyper_util::rt::TokioIo::new(far), service));
+    let near = hyper_util::rt::TokioIo::new(near);
+    let executor = hyper_util::rt::TokioExecutor::new();
+    let (mut sender, connection) = hyper::client::conn::http2::handshake(executor, near).await.unwrap();
+    tokio::spawn(connection);
+    for (method, content_type, status, ends) in [
+        (Method::GET, "text/plain", 503, false),
+        (Method::HEAD, "text/plain", 503, true),
+        (Method::POST, "application/grpc", 200, true),
+    ] {
+        let request = Request::builder().method(&method).uri("http://test/");
+        let request = request
+            .header(CONTENT_TYPE, content_type)
+            .body(Empty::<Bytes>::new())
+            .unwrap();
+        let answer = sender.send_request(request).await.unwrap();
+        assert_eq!(answer.status(), status);
+        assert_eq!(answer.body().is_end_stream(), ends, "{method} {content_type}");
+        let length = all(answer.headers(), "content-length");
+        assert_eq!(length.len(), usize::from(status == 503), "{method} {content_type}");
+        let body = answer.into_body().collect().await.unwrap();
+        assert!(body.trailers().is_none());
+        assert_eq!(body.to_bytes().is_empty(), ends);
+    }
 }
 
 #[test]
