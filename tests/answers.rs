@@ -379,6 +379,34 @@ fn an_upstreams_single_value_stands_if_it_is_tighter_and_yields_if_it_is_not_or_
 }
 
 #[test]
+fn an_upstreams_dictionary_is_read_over_several_lines_and_with_parameters() {
+    for (lines, stands) in [
+        (&["limit=9, remaining=4, reset=60"][..], true),
+        (&["limit=9", "remaining=4", "reset=60"], true),
+        (&["limit=9", "remaining=6", "reset=60"], false),
+        (&["limit=9,remaining=4;scope=\"a\",reset=60"], true),
+        // Of a key that comes twice, the last counts.
+        (&["limit=9, remaining=4", "remaining=6, reset=60"], false),
+        (&["limit=9, remaining=6", "remaining=4, reset=60"], true),
+    ] {
+        let upstream = service_fn(move |_: Request<()>| {
+            let mut response = Response::new(Inner::default());
+            for line in lines {
+                response
+                    .headers_mut()
+                    .append("ratelimit", HeaderValue::from_static(line));
+            }
+            ready(Ok::<_, Infallible>(response))
+        });
+        let layer = GuardLayer::new(Always::tell(vec![quota("api", 9, 5, SECOND)])).respond();
+        let answer = ask(&layer.headers(RateLimitHeaders::Draft7).layer(upstream), get_it());
+        let ours = ["limit=9, remaining=5, reset=1"];
+        let expected = if stands { lines } else { &ours };
+        assert_eq!(all(answer.headers(), "ratelimit"), expected);
+    }
+}
+
+#[test]
 fn windows_below_a_second_are_told_as_a_second() {
     let clock = Clock::manual();
     let limit = limiter(&clock, "bursts", TokenBucket::new(10, Duration::from_millis(100)));

@@ -136,10 +136,16 @@ fn policy(headers: &mut HeaderMap, Numbers { limit, window, .. }: Numbers) {
 }
 
 fn draft_7(headers: &mut HeaderMap, ours: Numbers) {
+    // A dictionary of RFC 9651: over any number of lines, of a key that comes twice the last.
     let member = |name: &str| {
-        let members = headers.get(RATELIMIT)?.to_str().ok()?.split(',');
-        let mut members = members.filter_map(|member| member.trim().split_once('='));
-        members.find(|(key, _)| *key == name)?.1.parse().ok()
+        let lines = headers.get_all(RATELIMIT).into_iter();
+        let members = lines
+            .filter_map(|line| line.to_str().ok())
+            .flat_map(|line| line.split(','));
+        let named = members.filter_map(|member| member.trim().split_once('='));
+        let (_, value) = named.rev().find(|(key, _)| *key == name)?;
+        let without_parameters = value.split(';').next()?;
+        without_parameters.trim().parse().ok()
     };
     if stands(member("remaining"), member("reset"), ours) {
         return;
