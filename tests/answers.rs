@@ -379,6 +379,22 @@ fn an_upstreams_single_value_stands_if_it_is_tighter_and_yields_if_it_is_not_or_
 }
 
 #[test]
+fn an_upstream_that_tells_no_reset_yields_where_as_little_remains() {
+    for (remaining, stands) in [(4, true), (5, false)] {
+        let upstream = service_fn(move |_: Request<()>| {
+            let mut response = Response::new(Inner::default());
+            response.headers_mut().insert("x-ratelimit-remaining", remaining.into());
+            ready(Ok::<_, Infallible>(response))
+        });
+        let layer = GuardLayer::new(Always::tell(vec![quota("api", 9, 5, SECOND)])).respond();
+        let layer = layer.headers(RateLimitHeaders::XRateLimitDelta);
+        let answer = ask(&layer.layer(upstream), get_it());
+        let reset = answer.headers().get("x-ratelimit-reset");
+        assert_eq!(reset.is_none(), stands, "upstream says {remaining} remain");
+    }
+}
+
+#[test]
 fn an_upstreams_dictionary_is_read_over_several_lines_and_with_parameters() {
     for (lines, stands) in [
         (&["limit=9, remaining=4, reset=60"][..], true),
@@ -491,6 +507,7 @@ fn names_are_escaped_as_structured_strings() {
         (r#"a"b\c"#, r#""a\"b\\c""#),
         ("per minute; q=9", r#""per minute; q=9""#),
         ("größe", r#""gr%C3%B6%C3%9Fe""#),
+        (" !#[]{|}~", r#"" !#[]{|}~""#),
         ("a\r\nset-cookie: b\0\u{7f}", r#""a%0D%0Aset-cookie: b%00%7F""#),
     ] {
         let tells = vec![quota(limit, 9, 5, SECOND)];
@@ -575,6 +592,14 @@ fn a_rejection_is_a_problem_with_the_status_of_its_reason() {
             limited(Reason::Other),
             None,
             json!({ "type": QUOTA_EXCEEDED, "title": quota, "status": 429, "violated-policies": ["per-ip"] }),
+        ),
+        (
+            limited(Reason::Open).retry_after(MINUTE),
+            Some("60"),
+            json!({
+                "type": QUOTA_EXCEEDED, "title": quota, "status": 429, "violated-policies": ["per-ip"],
+                "retry-after-ms": 60_000,
+            }),
         ),
         (
             rejected(Reason::Open).retry_after(MINUTE),
@@ -911,6 +936,22 @@ fn a_grpc_call_is_rejected_in_its_headers_with_decodable_details() {
             of_circuit("forced_open"),
         ),
         (
+            rejected(Reason::ForcedOpen).retry_after(MINUTE),
+            14,
+            Some("60000"),
+            Some(MINUTE),
+            "CIRCUIT_FORCED_OPEN",
+            of_circuit("forced_open"),
+        ),
+        (
+            limited(Reason::HalfOpenFull).retry_after(MINUTE),
+            8,
+            Some("60000"),
+            Some(MINUTE),
+            "CIRCUIT_HALF_OPEN",
+            of_limit.to_vec(),
+        ),
+        (
             rejected(Reason::Other),
             14,
             None,
@@ -939,6 +980,20 @@ fn a_grpc_call_is_rejected_in_its_headers_with_decodable_details() {
 
             assert_details(headers, &why, code, delay, reason, &metadata);
         }
+    }
+}
+
+#[test]
+fn a_status_message_is_percent_encoded_byte_for_byte() {
+    for (service, written) in [
+        ("a b$&'~", r#"policy "a b$&'~" refuses"#),
+        ("100% größe", r#"policy "100%25 gr%C3%B6%C3%9Fe" refuses"#),
+        ("%41\u{1f980}", r#"policy "%2541%F0%9F%A6%80" refuses"#),
+        // The text itself writes controls as Rust does.
+        ("a\r\nb\u{7f}", r#"policy "a\r\nb\u{7f}" refuses"#),
+    ] {
+        let response = Rejected::new(name(service), Reason::Other).to_grpc_response();
+        assert_eq!(response.headers()["grpc-message"], written);
     }
 }
 

@@ -58,6 +58,12 @@ fn a_bucket_with_another_burst_tells_the_burst_and_the_time_that_it_takes_to_fil
 fn a_window_below_a_second_is_told_as_a_second() {
     let (limiter, _) = limiter(SlidingWindow::new(10, ms(100)));
     assert_eq!((limiter.quota().quota, limiter.quota().window), (100, secs(1)));
+    let (uneven, _) = self::limiter(SlidingWindow::new(3, ms(700)));
+    assert_eq!(
+        (uneven.quota().quota, uneven.quota().window),
+        (4, secs(1)),
+        "4.3 are told as 4"
+    );
     let (fast, _) = self::limiter(TokenBucket::new(u32::MAX, Duration::from_nanos(1)));
     assert_eq!(
         (fast.quota().quota, fast.quota().window),
