@@ -1262,6 +1262,22 @@ async fn tonic_servers_and_channels_take_the_layers() {
     assert_limited(&call(service).await);
 }
 
+#[tokio::test]
+async fn a_call_that_never_stops_sending_is_rejected_with_its_status() {
+    let clock = Clock::manual();
+    let empty = limiter(&clock, "per-minute", TokenBucket::new(1, MINUTE));
+    empty.try_acquire().unwrap().settle(Outcome::Success);
+    let channel = behind!(RateLimitLayer::new(empty).respond());
+    for _ in 0..3 {
+        let mut client = tonic::client::Grpc::new(channel.clone());
+        client.ready().await.unwrap();
+        let path = http::uri::PathAndQuery::from_static("/Nobody/Home");
+        let endless = futures_util::stream::repeat(());
+        let answer = client.streaming(tonic::Request::new(endless), path, Unit).await;
+        assert_limited(&answer.expect_err("it is rejected"));
+    }
+}
+
 // ---- Rejections as tonic's statuses ------------------------------------------------------------------------------------------
 
 #[cfg(feature = "tonic")]

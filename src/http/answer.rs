@@ -301,7 +301,7 @@ pin_project! {
     /// The body of an answer behind [`AsResponse`]: the inner service's, or that of a rejection.
     ///
     /// As a [`Body`] it takes its data and error types from the inner body, and passes its frames, trailers and sizes on. The
-    /// default is empty.
+    /// inner body's data must be of a type that can be made of [`Bytes`]: that is all that is asked of it. The default is empty.
     #[derive(Debug)]
     pub struct AnswerBody<B> {
         #[pin]
