@@ -782,6 +782,19 @@ fn the_inner_body_is_asked_for_nothing() {
     assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert!(bytes_of(answer.into_body()).starts_with(b"{"));
 
+    // A stream may be pinned and tied to its thread, also where its end is judged.
+    breaker.reset();
+    let inner = service_fn(|_: Request<()>| {
+        let text: Rc<str> = "streamed".into();
+        let piece = async move { Ok::<_, Infallible>(Frame::data(Bytes::copy_from_slice(text.as_bytes()))) };
+        let body = StreamBody::new(futures_util::stream::once(piece));
+        ready(Ok::<_, Infallible>(Response::new(body)))
+    });
+    let service = CircuitBreakerLayer::http(breaker.clone()).layer(inner);
+    assert_eq!(bytes_of(ask(&service, get_it()).into_body()), "streamed");
+    assert_eq!(breaker.status().metrics.successful_requests, 2);
+    breaker.force_open();
+
     // Not even to be a body.
     let inner = service_fn(|_: Request<()>| ready(Ok::<_, Infallible>(Response::new(Anything))));
     let service = CircuitBreakerLayer::new(breaker).respond().layer(inner);
