@@ -12,8 +12,9 @@ use http::{
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use portcullis::{
-    AnswerBody, AsResponse, CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, ManualClock, Name, Outcome, Quota,
-    RateLimitHeaders, RateLimitLayer, RateLimiter, Reason, Rejected, SlidingWindow, TokenBucket, Verdict,
+    AnswerBody, AsResponse, CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, KeyedRateLimiter, ManualClock,
+    Name, Outcome, PerRoute, Quota, RateLimitHeaders, RateLimitLayer, RateLimiter, Reason, Rejected, SlidingWindow,
+    TokenBucket, Verdict,
     policy::{Admit, Gate, Never, Permit, Policy, Readiness, Reading},
 };
 use proptest::prelude::*;
@@ -272,6 +273,30 @@ fn each_form_tells_the_quota_on_admitted_and_on_rejected_answers() {
             );
         }
     }
+}
+
+#[test]
+fn limits_for_keys_and_routes_tell_what_a_plain_one_tells() {
+    fn check<P>(policy: &P)
+    where
+        P: Policy<Request<()>, Wait = Never<<P as Policy<Request<()>>>::Permit>> + Clone,
+    {
+        let [answer, _, refused] = [(); 3].map(|()| through(GuardLayer::new(policy.clone()).respond(), get_it()));
+        let policy = ("ratelimit-policy", r#""per-minute";q=2;w=60"#);
+        assert_told(answer.headers(), &[("ratelimit", r#""per-minute";r=1;t=30"#), policy]);
+        assert_told(refused.headers(), &[("ratelimit", r#""per-minute";r=0;t=30"#), policy]);
+    }
+    let clock = Clock::manual();
+    let algorithm = TokenBucket::new(2, MINUTE);
+    let plain = || limiter(&clock, "per-minute", algorithm);
+    check(&plain());
+    let picked = plain();
+    check(&portcullis::policy::select(move |_: &Request<()>| Some(picked.clone())));
+    check(&PerRoute::builder().any("/", plain()).build().unwrap());
+    let keys = KeyedRateLimiter::builder("search", algorithm).limit("per-minute");
+    let keys = keys.clock(&clock).build().unwrap();
+    check(&keys.by(|_: &Request<()>| Some(7)));
+    check(&keys.by(|_: &Request<()>| None::<u32>));
 }
 
 #[test]
@@ -949,22 +974,6 @@ fn a_grpc_call_is_rejected_in_its_headers_with_decodable_details() {
             of_circuit("forced_open"),
         ),
         (
-            rejected(Reason::ForcedOpen).retry_after(MINUTE),
-            14,
-            Some("60000"),
-            Some(MINUTE),
-            "CIRCUIT_FORCED_OPEN",
-            of_circuit("forced_open"),
-        ),
-        (
-            limited(Reason::HalfOpenFull).retry_after(MINUTE),
-            8,
-            Some("60000"),
-            Some(MINUTE),
-            "CIRCUIT_HALF_OPEN",
-            of_limit.to_vec(),
-        ),
-        (
             rejected(Reason::Other),
             14,
             None,
@@ -993,6 +1002,23 @@ fn a_grpc_call_is_rejected_in_its_headers_with_decodable_details() {
 
             assert_details(headers, &why, code, delay, reason, &metadata);
         }
+    }
+}
+
+#[test]
+fn a_policy_of_ones_own_may_tell_a_time_and_a_limit_with_any_reason() {
+    let forced = Rejected::new(name("search"), Reason::ForcedOpen).retry_after(MINUTE);
+    let limit = Rejected::new(name("search"), Reason::HalfOpenFull).limit(name("per-user"));
+    let limit = limit.retry_after(MINUTE);
+    let circuit = [("service", "search"), ("circuit-state", "forced_open")];
+    let of_limit = [("service", "search"), ("limit", "per-user")];
+    for (why, code, reason, metadata) in [
+        (forced, 14, "CIRCUIT_FORCED_OPEN", circuit),
+        (limit, 8, "CIRCUIT_HALF_OPEN", of_limit),
+    ] {
+        let answer = why.to_grpc_response();
+        assert_eq!(answer.headers()["grpc-retry-pushback-ms"], "60000");
+        assert_details(answer.headers(), &why, code, Some(MINUTE), reason, &metadata);
     }
 }
 

@@ -113,6 +113,7 @@ fn an_adaptive_limit_tells_the_rate_that_it_has_found() {
     );
     assert_eq!((limiter.quota().quota, limiter.quota().window), (10, secs(10)));
     limiter.try_acquire().unwrap().settle(portcullis::Outcome::Failure);
+    assert_eq!((limiter.quota().remaining, limiter.quota().reset), (9, secs(1)));
     clock.advance(secs(10));
     assert_eq!(limiter.status().rate.to_string(), "5");
     assert_eq!(

@@ -247,7 +247,8 @@ async fn a_tonic_client_reads_the_details_and_the_pushback_of_a_refusal() {
         Duration::from_secs(90)
     ))));
     let mut client = HealthClient::new(endpoint.connect().await.unwrap());
-    client.check(check()).await.unwrap();
+    let admitted = client.check(check()).await.unwrap();
+    assert_eq!(admitted.metadata().get("ratelimit").unwrap(), r#""default";r=0;t=90"#);
     let status = client.check(check()).await.unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted);
     assert_eq!(
