@@ -205,14 +205,14 @@ impl<P: Permit> Drop for Held<P> {
     }
 }
 
-/// Settles the permit as a failure when dropped, which only an unwinding call does: the others forget it. The permit itself
-/// would be dropped too late to know of the panic: after `catch_unwind`, with the future.
-struct OnUnwind<'a, P: Permit>(&'a mut Held<P>);
+/// Settles the permit when dropped, which only an unwinding call does: the others forget it. The permit itself would be dropped
+/// too late to know of the panic: after `catch_unwind`, with the future.
+struct OnUnwind<'a, P: Permit, V: Fn() -> Verdict>(&'a mut Held<P>, V);
 
-impl<P: Permit> Drop for OnUnwind<'_, P> {
+impl<P: Permit, V: Fn() -> Verdict> Drop for OnUnwind<'_, P, V> {
     fn drop(&mut self) {
         if let Some(permit) = self.0.0.take() {
-            permit.settle(Outcome::Failure.into(), &Reading::new());
+            permit.settle(self.1(), &Reading::new());
         }
     }
 }
@@ -220,7 +220,12 @@ impl<P: Permit> Drop for OnUnwind<'_, P> {
 impl<P: Permit> Held<P> {
     /// Runs a step; a panic in it fails the permit.
     pub(crate) fn failing_on_unwind<T>(&mut self, step: impl FnOnce() -> T) -> T {
-        let unwind = OnUnwind(self);
+        self.settling_on_unwind(|| Outcome::Failure.into(), step)
+    }
+
+    /// Runs a step; a panic in it settles the permit with this verdict.
+    pub(crate) fn settling_on_unwind<T>(&mut self, verdict: impl Fn() -> Verdict, step: impl FnOnce() -> T) -> T {
+        let unwind = OnUnwind(self, verdict);
         let done = step();
         std::mem::forget(unwind);
         done

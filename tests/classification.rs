@@ -9,7 +9,7 @@ use http_body_util::BodyExt;
 use portcullis::{
     Adaptive, CircuitBreaker, CircuitBreakerConfig, CircuitBreakerLayer, CircuitBreakerMetrics, Clock, CostMeter,
     GrpcClassifier, GuardLayer, HttpClassifier, ManualClock, Outcome, RateLimitLayer, RateLimiter, Rejected, State,
-    TokenBucket,
+    TokenBucket, Verdict,
     classify::{Judge, JudgeEnd, Judged},
 };
 use std::{
@@ -17,7 +17,10 @@ use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -256,6 +259,167 @@ fn a_body_that_panics_is_one_failure() {
     assert_eq!(world.counts(), FAILURE);
     drop(body.collect().now_or_never());
     assert_eq!(world.counts(), FAILURE, "once");
+}
+
+/// Sends one frame and waits; whether it is at its end is told by a closure.
+#[derive(Clone)]
+struct Asked<F> {
+    sent: bool,
+    is_end: F,
+}
+
+impl<F: Fn(bool) -> bool + Unpin> Body for Asked<F> {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        if std::mem::replace(&mut self.sent, true) {
+            return Poll::Pending;
+        }
+        Poll::Ready(Some(Ok(Frame::data("x".into()))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        (self.is_end)(self.sent)
+    }
+}
+
+fn asked<F: Fn(bool) -> bool + Unpin>(
+    breaker: &CircuitBreaker,
+    is_end: F,
+) -> impl Body<Data = Bytes, Error = io::Error> + Unpin {
+    let answer = Mutex::new(Some(Response::new(Asked { sent: false, is_end })));
+    let service = service_fn(|_: Request<()>| {
+        let answer = answer.lock().unwrap().take().unwrap();
+        std::future::ready(Ok::<_, io::Error>(answer))
+    });
+    let guard = CircuitBreakerLayer::http(breaker.clone()).layer(service);
+    guard.oneshot(get()).now_or_never().unwrap().unwrap().into_body()
+}
+
+#[test]
+fn a_body_that_was_told_to_be_at_its_end_and_is_dropped_has_ended() {
+    let (world, ended) = (World::default(), AtomicBool::new(false));
+    let body = asked(&world.breaker, |_| ended.load(Ordering::Relaxed));
+    assert!(!body.is_end_stream());
+    ended.store(true, Ordering::Relaxed);
+    assert!(body.is_end_stream());
+    assert_eq!(world.counts(), NOTHING);
+    drop(body);
+    assert_eq!(world.counts(), SUCCESS, "hyper does not poll such a body");
+
+    ended.store(false, Ordering::Relaxed);
+    let body = asked(&world.breaker, |_| ended.load(Ordering::Relaxed));
+    ended.store(true, Ordering::Relaxed);
+    drop(body);
+    assert_eq!(world.counts(), [1, 0, 0, 1], "nobody knew");
+}
+
+#[test]
+fn a_body_that_panics_when_asked_whether_it_is_at_its_end_is_one_failure() {
+    let world = World::default();
+    let mut body = asked(&world.breaker, |sent| {
+        assert!(!sent, "the body panics");
+        false
+    });
+    catch_unwind(AssertUnwindSafe(|| body.frame().now_or_never())).unwrap_err();
+    assert_eq!(world.counts(), FAILURE);
+    drop(body);
+    assert_eq!(world.counts(), FAILURE, "once");
+}
+
+#[test]
+fn a_body_that_is_dropped_when_its_whole_length_has_come_has_ended() {
+    // The body itself says that it has seven bytes.
+    for (fields, steps, counts) in [
+        (&[("content-length", "4")][..], vec![Step::Data("four")], SUCCESS),
+        (
+            &[("content-length", "4")],
+            vec![Step::Data("fo"), Step::Data("ur")],
+            SUCCESS,
+        ),
+        (&[("content-length", "4")], vec![Step::Data("more")], SUCCESS),
+        (&[("content-length", "0")], vec![], SUCCESS),
+        (&[("content-length", "5")], vec![Step::Data("four")], CANCELLED),
+        (&[], vec![Step::Data("seven c")], SUCCESS),
+        (&[], vec![Step::Data("four")], CANCELLED),
+        (
+            &[("content-length", "4"), ("content-length", "4")],
+            vec![Step::Data("four")],
+            CANCELLED,
+        ),
+        (&[("content-length", "-4")], vec![Step::Data("four")], CANCELLED),
+    ] {
+        let world = World::default();
+        let waits = script(steps.iter().cloned().chain([Step::Wait]));
+        let answer = response(200, fields, waits);
+        let guard = CircuitBreakerLayer::http(world.breaker.clone()).layer(serves(answer));
+        let mut body = guard.oneshot(get()).now_or_never().unwrap().unwrap().into_body();
+        while let Some(Some(Ok(_))) = body.frame().now_or_never() {}
+        assert_eq!(world.counts(), NOTHING, "an error or trailers may still come");
+        drop(body);
+        assert_eq!(world.counts(), counts, "{fields:?} {steps:?}");
+    }
+    let world = World::default();
+    let waits = script([Step::Data("four"), Step::Wait]);
+    let answer = response(200, &[("content-length", "4")], waits);
+    let guard = CircuitBreakerLayer::grpc(world.breaker.clone()).layer(serves(answer));
+    let mut body = guard.oneshot(get()).now_or_never().unwrap().unwrap().into_body();
+    body.frame().now_or_never().unwrap().unwrap().unwrap();
+    drop(body);
+    assert_eq!(world.counts(), CANCELLED, "the status of a gRPC call was still to come");
+}
+
+/// Panics at the end.
+#[derive(Clone)]
+struct Panics;
+
+impl Judge for Panics {
+    type Seen = ();
+    type AtEnd = Self;
+    fn see<B>(&self, _: &Request<B>) {}
+    fn head<B>(&self, (): (), _: &Response<B>) -> Judged<Self> {
+        Judged::AtEnd(Self)
+    }
+}
+
+impl JudgeEnd for Panics {
+    fn end(self, _: Option<&HeaderMap>) -> Verdict {
+        panic!("the judge panics")
+    }
+}
+
+#[test]
+fn a_judge_that_panics_at_the_end_is_one_failure_however_the_end_comes() {
+    let body = |steps: &[Step], world: &World| {
+        let answer = response(200, &[("content-length", "1")], script(steps.iter().cloned()));
+        let layer = CircuitBreakerLayer::http(world.breaker.clone()).classify_with(Panics);
+        let service = layer.layer(serves(answer));
+        service.oneshot(get()).now_or_never().unwrap().unwrap().into_body()
+    };
+    for steps in [
+        vec![],
+        vec![Step::Trailers(vec![])],
+        vec![Step::Data("x")],
+        vec![Step::Data("x"), Step::Wait],
+    ] {
+        let world = World::default();
+        let mut body = body(&steps, &world);
+        catch_unwind(AssertUnwindSafe(move || {
+            while let Some(Some(Ok(_))) = body.frame().now_or_never() {}
+        }))
+        .unwrap_err();
+        assert_eq!(world.counts(), FAILURE, "{steps:?}");
+    }
+    let world = World::default();
+    let mut whole = body(&[Step::Data("x"), Step::Wait], &world);
+    whole.frame().now_or_never().unwrap().unwrap().unwrap();
+    let panic = catch_unwind(AssertUnwindSafe(move || {
+        let _whole = whole;
+        panic!("somebody else's panic")
+    }));
+    panic.unwrap_err();
+    assert_eq!(world.counts(), CANCELLED, "the judge is not asked during a panic");
 }
 
 #[test]
@@ -654,6 +818,16 @@ fn a_stream_that_is_dropped_is_charged_what_it_had_cost() {
 }
 
 #[test]
+fn a_stream_that_panics_is_charged_what_it_had_cost() {
+    let (tokens, answer, _) = metered(700, vec![Step::Panic]);
+    let mut body = answer.into_body();
+    catch_unwind(AssertUnwindSafe(|| body.frame().now_or_never())).unwrap_err();
+    assert_eq!(tokens.quota().remaining, 300);
+    drop(body);
+    assert_eq!(tokens.quota().remaining, 300, "once");
+}
+
+#[test]
 fn a_stream_that_breaks_off_is_charged_what_it_had_cost() {
     let (tokens, answer, _) = metered(700, vec![Step::Error]);
     drop(answer.into_body().collect().now_or_never());
@@ -746,7 +920,7 @@ impl Judge for Announced {
 }
 
 impl JudgeEnd for Marked {
-    fn end(self, _: Option<&HeaderMap>) -> portcullis::Verdict {
+    fn end(self, _: Option<&HeaderMap>) -> Verdict {
         if self.0 {
             Outcome::Success.into()
         } else {

@@ -222,6 +222,45 @@ async fn a_client_that_goes_away_in_the_middle_is_a_cancelled_call() {
     }
 }
 
+#[tokio::test]
+async fn a_stream_of_announced_length_is_a_success_though_nobody_asks_for_its_end() {
+    for http2 in [false, true] {
+        let breaker = CircuitBreaker::builder("inbound").build().unwrap();
+        // What a proxy does that copies the head and streams the body: hyper stops when as much is sent as was announced.
+        let proxied = async || {
+            let pieces = stream::iter(["one ", "two "].map(Ok::<_, Infallible>));
+            ([("content-length", "8")], Body::from_stream(pieces))
+        };
+        let app = Router::new()
+            .route("/", get(proxied))
+            .layer(CircuitBreakerLayer::http(breaker.clone()));
+        let server = serve(app).await;
+        let client = Client::builder(TokioExecutor::new())
+            .http2_only(http2)
+            .build_http::<Empty<Bytes>>();
+        let request = Request::get(format!("http://{server}/")).body(Empty::new()).unwrap();
+        let body = client.request(request).await.unwrap().collect().await.unwrap();
+        assert_eq!(body.to_bytes(), "one two ");
+        let judged = async {
+            loop {
+                let metrics = breaker.status().metrics;
+                let counts = (metrics.successful_requests, metrics.cancelled_requests);
+                if counts != (0, 0) {
+                    return counts;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        // Not a measure of time: the test would otherwise hang where it should fail.
+        let judged = tokio::time::timeout(Duration::from_secs(60), judged).await;
+        assert_eq!(
+            judged.expect("the server is done with the body"),
+            (1, 0),
+            "http2: {http2}"
+        );
+    }
+}
+
 /// gRPC's health service behind a layer. A macro: as a function it would repeat all that tonic asks of a layer.
 macro_rules! grpc_server {
     ($layer:expr) => {{

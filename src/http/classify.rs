@@ -96,6 +96,12 @@ pub trait JudgeEnd: Sized {
     fn error(self) -> Verdict {
         Outcome::Failure.into()
     }
+
+    /// The body was dropped before its end, but all the bytes had come that its length announced: an HTTP/1.1 server asks for no
+    /// more. `None` if the call was cancelled. Default: an end without trailers.
+    fn complete(self) -> Option<Verdict> {
+        Some(self.end(None))
+    }
 }
 
 impl<J, ReqB, ResB, Err> Classify<Request<ReqB>, Response<ResB>, Err> for J
@@ -133,7 +139,8 @@ where
                 Judged::Now(verdict) => verdict,
                 Judged::AtEnd(end) if response.body().is_end_stream() => end.end(None),
                 Judged::AtEnd(end) => {
-                    return Ok(response.map(|body| GuardedBody::watched(body, permit, end, meter)));
+                    let length = length(&response);
+                    return Ok(response.map(|body| GuardedBody::watched(body, permit, end, meter, length)));
                 }
             }
         };
@@ -155,7 +162,7 @@ where
 /// | 5xx | failure, told by the head |
 /// | 429 | as [`rate_limited`](Self::rate_limited) says: ignored by default |
 /// | any other status | success when the body has ended; failure if it breaks off |
-/// | a body that is dropped before its end | cancelled |
+/// | a body that is dropped before its end | cancelled; success if it had sent all that its `Content-Length` announces |
 ///
 /// Where there is no body (a `HEAD` request, 1xx, 204, 304, an empty one) the head is the end. So a half-open probe holds its slot
 /// until its answer has been streamed, and a slow call is measured to the end of its body.
@@ -255,6 +262,12 @@ fn only<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let mut values = headers.get_all(name).into_iter();
     let value = values.next()?.to_str().ok()?;
     values.next().is_none().then_some(value)
+}
+
+/// How many bytes the body has: as the head says, or else the body. A server stops after so many.
+fn length<B: Body>(response: &Response<B>) -> Option<u64> {
+    let announced = only(response.headers(), header::CONTENT_LENGTH.as_str()).and_then(|length| length.parse().ok());
+    announced.or_else(|| response.body().size_hint().exact())
 }
 
 /// `Retry-After`: seconds, or a date, which is told from the response's own `Date`: clocks differ.
@@ -436,6 +449,11 @@ impl JudgeEnd for GrpcEnd {
             None if self.web => Outcome::Success.into(),
             None => Outcome::Failure.into(),
         }
+    }
+
+    /// The status was still to come; a gRPC-Web body has it in its bytes.
+    fn complete(self) -> Option<Verdict> {
+        self.web.then(|| Outcome::Success.into())
     }
 }
 
