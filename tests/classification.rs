@@ -818,6 +818,19 @@ fn a_stream_that_is_dropped_is_charged_what_it_had_cost() {
 }
 
 #[test]
+fn a_stream_that_is_dropped_before_its_meter_has_counted_keeps_its_estimate() {
+    // As one whose cost comes with its last message, which the caller does not wait for.
+    let (tokens, answer, _) = metered(0, vec![Step::Data("a"), Step::Wait]);
+    let mut body = answer.into_body();
+    body.frame().now_or_never().unwrap().unwrap().unwrap();
+    drop(body);
+    assert_eq!(tokens.quota().remaining, 500);
+    let (tokens, answer, _) = metered(0, vec![]);
+    drop(answer.into_body().collect().now_or_never());
+    assert_eq!(tokens.quota().remaining, 1_000, "what has ended says what it cost");
+}
+
+#[test]
 fn a_stream_that_panics_is_charged_what_it_had_cost() {
     let (tokens, answer, _) = metered(700, vec![Step::Panic]);
     let mut body = answer.into_body();

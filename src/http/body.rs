@@ -75,7 +75,7 @@ impl<P: Permit, J: JudgeEnd> Drop for Watched<P, J> {
             }
         }
         if let Some(permit) = self.held.0.take() {
-            permit.cancel(self.meter.as_ref().map(CostMeter::get), &Reading::new());
+            permit.cancel(self.meter.as_ref().and_then(CostMeter::counted), &Reading::new());
         }
     }
 }

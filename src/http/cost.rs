@@ -11,6 +11,10 @@ use std::sync::{
 /// counts calls, whatever the meter says; so a pair may limit calls and tokens at once. The difference may take a bucket into
 /// debt, by at most one burst.
 ///
+/// Where the caller goes away before anything has been counted, what was reserved stays charged: a service that learns the cost
+/// with the last message of a stream is not asked for nothing by callers who leave before it. An answer that its head judges (a
+/// 5xx, say) is charged what the meter says by then.
+///
 /// ```
 /// use http::{Request, Response};
 /// use portcullis::{CostMeter, RateLimitLayer, RateLimiter, TokenBucket};
@@ -61,5 +65,10 @@ impl CostMeter {
     #[must_use]
     pub fn get(&self) -> u32 {
         self.0.load(Ordering::Relaxed)
+    }
+
+    /// The cost, if anything has been counted.
+    pub(super) fn counted(&self) -> Option<u32> {
+        Some(self.get()).filter(|cost| *cost > 0)
     }
 }
