@@ -275,6 +275,25 @@ fn a_permit_gives_back_corrects_and_teaches_at_its_own_key() {
 }
 
 #[test]
+fn a_call_that_is_free_to_begin_is_charged_at_its_key_what_it_cost_in_truth() {
+    let (limiter, _) = keyed(TokenBucket::new(10, Duration::from_secs(10)), 10);
+    let free = limiter.try_acquire_n("a", 0).unwrap();
+    assert_eq!(keys(&limiter).tracked, 0, "a key that has used nothing is not remembered");
+    free.settle(Verdict::new(Outcome::Success).cost(13));
+    assert_eq!(
+        limiter.try_acquire("a").unwrap_err().retry_after,
+        Some(Duration::from_secs(4)),
+        "three in debt"
+    );
+    limiter.try_acquire_n("b", 10).expect("another key");
+    for outcome in [Outcome::Success, Outcome::Failure] {
+        limiter.try_acquire_n("c", 0).unwrap().settle(outcome);
+    }
+    limiter.try_acquire_n("c", 0).unwrap().unused();
+    assert_eq!(keys(&limiter).tracked, 2, "nor one whose calls stayed free");
+}
+
+#[test]
 fn a_permit_outlives_the_place_of_its_key() {
     let (limiter, clock) = keyed(TokenBucket::new(10, Duration::from_secs(10)), 1);
     let (unused, cheaper, dearer) = (

@@ -177,8 +177,6 @@ impl KeyedRateLimiterBuilder {
 enum Place {
     Key(u64),
     Overflow,
-    /// It cost nothing.
-    Nowhere,
 }
 
 impl Set {
@@ -202,7 +200,6 @@ impl Set {
         match place {
             Place::Key(fingerprint) => self.with(fingerprint, |view, _| step(view)),
             Place::Overflow => Some(step(self.view(&self.overflow))),
-            Place::Nowhere => None,
         }
     }
 
@@ -348,7 +345,8 @@ impl KeyedRateLimiter {
     fn acquire_uncounted(&self, fingerprint: u64, cost: u32, now: &Reading) -> Result<KeyedPermit, Rejected> {
         let set: &Set = &self.set;
         if cost == 0 {
-            return Ok(self.permit(Place::Nowhere, 0, Admission::Tokens));
+            // Its key need not be remembered, but is charged if the call turns out to cost something.
+            return Ok(self.permit(Place::Key(fingerprint), 0, Admission::Tokens));
         }
         let now = now.at(&set.clock);
         set.check_cost(fingerprint, cost, now)?;
