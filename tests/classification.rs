@@ -749,6 +749,11 @@ fn the_service_says_how_long_it_wants_to_be_left_alone() {
         grpc(&[("grpc-status", "14"), ("grpc-retry-pushback-ms", "2500")]),
         2_500
     );
+    let proxied = |status, fields: &[(&'static str, &'static str)]| open_for(true, status, fields);
+    assert_eq!(proxied(503, &[("retry-after", "30")]), 30_000, "a proxy speaks HTTP");
+    assert_eq!(proxied(502, &[("retry-after", "30")]), 1_000, "says nothing there");
+    let both = [("retry-after", "30"), ("grpc-retry-pushback-ms", "2500")];
+    assert_eq!(proxied(503, &both), 2_500);
     for bad in ["-1", "02500", "2147483648", "", "x"] {
         assert_eq!(
             grpc(&[("grpc-status", "14"), ("grpc-retry-pushback-ms", bad)]),
@@ -959,6 +964,38 @@ mod tower_http {
     use super::*;
     use ::tower_http::classify::{GrpcErrorsAsFailures, ServerErrorsAsFailures, SharedClassifier};
     use portcullis::TowerHttpClassifier;
+
+    #[test]
+    fn an_answer_without_a_body_is_judged_at_its_head_by_tower_http_as_well() {
+        let by_status = TowerHttpClassifier::new(SharedClassifier::new(ServerErrorsAsFailures::new()));
+        for (method, status) in [
+            (Method::HEAD, 200),
+            (Method::GET, 101),
+            (Method::GET, 204),
+            (Method::GET, 304),
+        ] {
+            let world = World::default();
+            let layer = CircuitBreakerLayer::http(world.breaker.clone()).classify_with(by_status.clone());
+            let mut request = get();
+            *request.method_mut() = method.clone();
+            let service = layer.layer(serves(response(status, &[], script([Step::Wait]))));
+            drop(service.oneshot(request).now_or_never().unwrap().unwrap());
+            assert_eq!(world.counts(), SUCCESS, "{method} {status}");
+        }
+    }
+
+    #[test]
+    fn what_a_service_asks_for_is_heeded_whoever_judges() {
+        let world = World::new(
+            CircuitBreakerConfig::default()
+                .failure_threshold(1)
+                .honor_retry_after(Duration::from_secs(600)),
+        );
+        let by_status = TowerHttpClassifier::new(SharedClassifier::new(ServerErrorsAsFailures::new()));
+        let layer = CircuitBreakerLayer::http(world.breaker.clone()).classify_with(by_status);
+        judged(&layer, &world, response(503, &[("retry-after", "300")], script([])));
+        assert_eq!(world.breaker.status().retry_after, Some(Duration::from_secs(300)));
+    }
 
     #[test]
     fn a_classifier_of_tower_http_judges_heads_and_ends() {

@@ -278,7 +278,11 @@ fn a_permit_gives_back_corrects_and_teaches_at_its_own_key() {
 fn a_call_that_is_free_to_begin_is_charged_at_its_key_what_it_cost_in_truth() {
     let (limiter, _) = keyed(TokenBucket::new(10, Duration::from_secs(10)), 10);
     let free = limiter.try_acquire_n("a", 0).unwrap();
-    assert_eq!(keys(&limiter).tracked, 0, "a key that has used nothing is not remembered");
+    assert_eq!(
+        keys(&limiter).tracked,
+        0,
+        "a key that has used nothing is not remembered"
+    );
     free.settle(Verdict::new(Outcome::Success).cost(13));
     assert_eq!(
         limiter.try_acquire("a").unwrap_err().retry_after,

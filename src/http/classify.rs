@@ -233,18 +233,20 @@ impl Judge for HttpClassifier {
     }
 
     fn head<B>(&self, has_body: bool, response: &Response<B>) -> Judged<CleanEnd> {
-        let status = response.status();
-        let outcome = self.outcome(status);
-        let bodiless = status.is_informational() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
-        if outcome == Outcome::Success && has_body && !bodiless {
+        let outcome = self.outcome(response.status());
+        if outcome == Outcome::Success && has_body && may_have_body(response.status()) {
             return Judged::AtEnd(CleanEnd(()));
         }
-        let mut verdict = Verdict::new(outcome);
-        if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            verdict.retry_after = retry_after(response.headers());
-        }
-        Judged::Now(verdict)
+        Judged::Now(Verdict {
+            retry_after: retry_after(response),
+            ..Verdict::new(outcome)
+        })
     }
+}
+
+/// Whether an answer of this status has a body, but to a `HEAD`. A server drops one that should not be there unread.
+pub(super) fn may_have_body(status: StatusCode) -> bool {
+    !status.is_informational() && !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
 }
 
 /// A body that ends is a success: see [`HttpClassifier`].
@@ -270,8 +272,15 @@ fn length<B: Body>(response: &Response<B>) -> Option<u64> {
     announced.or_else(|| response.body().size_hint().exact())
 }
 
-/// `Retry-After`: seconds, or a date, which is told from the response's own `Date`: clocks differ.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+/// `Retry-After` of a 429 or 503: seconds, or a date, which is told from the response's own `Date`: clocks differ.
+pub(super) fn retry_after<B>(response: &Response<B>) -> Option<Duration> {
+    if !matches!(
+        response.status(),
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
+    ) {
+        return None;
+    }
+    let headers = response.headers();
     let value = only(headers, header::RETRY_AFTER.as_str())?;
     if value.bytes().all(|byte| byte.is_ascii_digit()) {
         return value.parse().ok().map(Duration::from_secs);
@@ -295,7 +304,8 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 /// | a rejection by another portcullis policy | ignored |
 /// | a body that is dropped before its end | cancelled |
 ///
-/// `grpc-retry-pushback-ms` goes to the breaker as `Retry-After` does, see [`HttpClassifier`].
+/// `grpc-retry-pushback-ms` goes to the breaker as `Retry-After` does, see [`HttpClassifier`]; so does the `Retry-After` of a 429 or
+/// 503 without a gRPC status, as a proxy answers.
 ///
 /// A gRPC-Web body carries its trailers as data, where they are not looked for: its clean end is a success. Put the layer inside
 /// the one that translates gRPC-Web.
@@ -425,7 +435,10 @@ impl Judge for GrpcClassifier {
             return Judged::Now(verdict);
         }
         if response.status() != StatusCode::OK {
-            return Judged::Now(self.verdict(code_of(response.status()), Some(headers)));
+            let mut verdict = self.verdict(code_of(response.status()), Some(headers));
+            // A proxy's answer, which speaks HTTP.
+            verdict.retry_after = verdict.retry_after.or_else(|| retry_after(response));
+            return Judged::Now(verdict);
         }
         let content_type = headers.get(header::CONTENT_TYPE).map_or(&b""[..], |it| it.as_bytes());
         let web = content_type

@@ -1,14 +1,15 @@
 //! tower-http's classifiers as judges.
 
-use super::classify::{Judge, JudgeEnd, Judged};
+use super::classify::{Judge, JudgeEnd, Judged, may_have_body, retry_after};
 use crate::permit::{Outcome, Verdict};
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, Method, Request, Response};
 use tower_http::classify::{ClassifiedResponse, ClassifyEos, ClassifyResponse, MakeClassifier};
 
 /// A classifier of tower-http as a classifier of a layer: what it calls a failure is one.
 ///
 /// It is asked about heads and ends of streams. Errors, of a call or of a body, are failures without asking it: it knows no other
-/// answer. Note that tower-http's gRPC classifier takes a stream without a status for a success;
+/// answer. Where there is no body the head is the end, and a `Retry-After` goes to the breaker, as with
+/// [`HttpClassifier`](crate::HttpClassifier). Note that tower-http's gRPC classifier takes a stream without a status for a success;
 /// [`GrpcClassifier`](crate::GrpcClassifier) does not.
 ///
 /// ```
@@ -32,18 +33,29 @@ impl<M> TowerHttpClassifier<M> {
 }
 
 impl<M: MakeClassifier + Clone> Judge for TowerHttpClassifier<M> {
-    type Seen = M::Classifier;
+    /// And whether the response will have a body.
+    type Seen = (M::Classifier, bool);
     type AtEnd = TowerHttpEnd<M::ClassifyEos>;
 
-    fn see<B>(&self, request: &Request<B>) -> M::Classifier {
-        self.0.make_classifier(request)
+    fn see<B>(&self, request: &Request<B>) -> Self::Seen {
+        (self.0.make_classifier(request), request.method() != Method::HEAD)
     }
 
-    fn head<B>(&self, classifier: M::Classifier, response: &Response<B>) -> Judged<Self::AtEnd> {
-        match classifier.classify_response(response) {
-            ClassifiedResponse::Ready(Err(_)) => Judged::Now(Outcome::Failure.into()),
-            ClassifiedResponse::Ready(Ok(())) => Judged::AtEnd(TowerHttpEnd(None)),
-            ClassifiedResponse::RequiresEos(eos) => Judged::AtEnd(TowerHttpEnd(Some(eos))),
+    fn head<B>(&self, (classifier, has_body): Self::Seen, response: &Response<B>) -> Judged<Self::AtEnd> {
+        let end = match classifier.classify_response(response) {
+            ClassifiedResponse::Ready(Err(_)) => {
+                return Judged::Now(Verdict {
+                    retry_after: retry_after(response),
+                    ..Outcome::Failure.into()
+                });
+            }
+            ClassifiedResponse::Ready(Ok(())) => TowerHttpEnd(None),
+            ClassifiedResponse::RequiresEos(eos) => TowerHttpEnd(Some(eos)),
+        };
+        if has_body && may_have_body(response.status()) {
+            Judged::AtEnd(end)
+        } else {
+            Judged::Now(end.end(None))
         }
     }
 }
