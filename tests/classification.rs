@@ -629,6 +629,47 @@ fn a_probe_holds_its_slot_until_its_answer_has_been_streamed() {
 }
 
 #[test]
+fn a_stream_that_ends_in_another_generation_moves_nothing_and_holds_nothing() {
+    let config = CircuitBreakerConfig::default()
+        .failure_threshold(1)
+        .half_open_max_calls(1)
+        .success_threshold(1)
+        .recovery_timeout(Duration::from_secs(10))
+        .probe_lease(Duration::from_secs(3600));
+    let world = World::new(config.clone());
+    let guard = |steps: &[Step]| {
+        CircuitBreakerLayer::http(world.breaker.clone()).layer(serves(response(200, &[], script(steps.to_vec()))))
+    };
+    let ask = |steps: &[Step]| guard(steps).oneshot(get()).now_or_never().unwrap().unwrap();
+    let breaks_off = [Step::Data("a"), Step::Error];
+    let read = |answer: Response<_>| drop(BodyExt::collect(answer).now_or_never());
+
+    // Begun while closed, ended while half-open.
+    let early = ask(&breaks_off);
+    read(ask(&breaks_off));
+    world.clock.advance(Duration::from_secs(10));
+    assert_eq!(world.breaker.state(), State::HalfOpen);
+    read(early);
+    assert_eq!(world.breaker.state(), State::HalfOpen);
+
+    // A probe that ends after the circuit was reset, and one after it was configured anew.
+    let probe = ask(&breaks_off);
+    world.breaker.reset();
+    read(probe);
+    assert_eq!(world.breaker.state(), State::Closed);
+    read(ask(&breaks_off));
+    world.clock.advance(Duration::from_secs(10));
+    let probe = ask(&breaks_off);
+    world.breaker.reconfigure(config).unwrap();
+    assert_eq!(ask(&[]).status(), 503, "the slot is still taken");
+    read(probe);
+    assert_eq!(world.breaker.state(), State::HalfOpen);
+    read(ask(&[]));
+    assert_eq!(world.breaker.state(), State::Closed, "its slot was free again");
+    assert_eq!(world.counts(), [1, 5, 0, 0], "counted all the same");
+}
+
+#[test]
 fn a_slow_call_is_measured_to_the_end_of_its_stream() {
     let world = World::new(CircuitBreakerConfig::default().slow_calls(1.0, Duration::from_secs(5)));
     let guard =

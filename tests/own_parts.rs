@@ -1,6 +1,7 @@
 //! Policies, classifiers and rejecters that a user writes.
 #![expect(clippy::float_cmp, reason = "tokens are taken and given back whole")]
 
+use futures_util::FutureExt;
 use portcullis::{
     BoxError, CircuitBreaker, Clock, GuardLayer, Name, Outcome, Quota, RateLimitLayer, RateLimiter, Reason, Rejected,
     TokenBucket, Verdict,
@@ -10,6 +11,7 @@ use portcullis::{
 };
 use std::{
     future::{Future, Ready, ready},
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::{
         Arc, Mutex,
@@ -378,6 +380,41 @@ async fn a_cost_is_told_from_the_request_and_charged_whole_or_not_at_all() {
         (limiter.status().accepted_cost, limiter.status().rejected_requests),
         (10, 2)
     );
+}
+
+#[test]
+fn a_panic_of_the_cost_takes_nothing_and_holds_nothing() {
+    let clock = Clock::manual();
+    let limiter = RateLimiter::builder("search", TokenBucket::new(10, Duration::from_secs(10)))
+        .clock(&clock)
+        .build()
+        .unwrap();
+    let breaker = CircuitBreaker::builder("search")
+        .failure_threshold(1)
+        .half_open_max_calls(1)
+        .success_threshold(1)
+        .recovery_timeout(Duration::from_secs(1))
+        .clock(&clock)
+        .build()
+        .unwrap();
+    breaker.try_acquire().unwrap().settle(Outcome::Failure);
+    clock.advance(Duration::from_secs(1));
+    let before = breaker.status().metrics;
+    let cost = limiter.cost(|n: &u32| 100 / n);
+    for guard in [
+        GuardLayer::new((breaker.clone(), (limiter.clone(), cost.clone())))
+            .layer(echo())
+            .boxed(),
+        GuardLayer::new(((limiter.clone(), breaker.clone()), cost.clone()))
+            .layer(echo())
+            .boxed(),
+    ] {
+        catch_unwind(AssertUnwindSafe(|| guard.oneshot(0).now_or_never())).unwrap_err();
+        let status = limiter.status();
+        assert_eq!((status.available_tokens, status.accepted_requests), (10.0, 0));
+        assert_eq!(breaker.status().metrics, before);
+        breaker.try_acquire().expect("the probe's slot is free").unused();
+    }
 }
 
 #[tokio::test]
