@@ -23,7 +23,10 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     time::Duration,
 };
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
 use tonic::{Code, transport::Endpoint};
 use tonic_health::{
     ServingStatus,
@@ -258,6 +261,73 @@ async fn a_stream_of_announced_length_is_a_success_though_nobody_asks_for_its_en
             (1, 0),
             "http2: {http2}"
         );
+    }
+}
+
+#[tokio::test]
+async fn a_connection_is_upgraded_through_the_layers_of_both_sides() {
+    let (inbound, outbound) = ["inbound", "outbound"]
+        .map(|name| CircuitBreaker::builder(name).build().unwrap())
+        .into();
+    let upgrade = async |request: Request<Body>| {
+        tokio::spawn(async move {
+            let upgraded = hyper::upgrade::on(request).await.unwrap();
+            let (mut read, mut write) = tokio::io::split(TokioIo::new(upgraded));
+            tokio::io::copy(&mut read, &mut write).await.unwrap();
+        });
+        let head = [("connection", "upgrade"), ("upgrade", "echo")];
+        (StatusCode::SWITCHING_PROTOCOLS, head)
+    };
+    let app = Router::new()
+        .route("/", get(upgrade))
+        .layer(CircuitBreakerLayer::http(inbound.clone()));
+    let server = serve(app).await;
+    let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
+    let client = CircuitBreakerLayer::http(outbound.clone()).layer(client);
+    let request = Request::get(format!("http://{server}/"))
+        .header("connection", "upgrade")
+        .header("upgrade", "echo")
+        .body(Empty::new())
+        .unwrap();
+    let answer = client.oneshot(request).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::SWITCHING_PROTOCOLS);
+    let mut upgraded = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
+    upgraded.write_all(b"hello").await.unwrap();
+    let mut echoed = [0; 5];
+    upgraded.read_exact(&mut echoed).await.unwrap();
+    assert_eq!(&echoed, b"hello");
+    for breaker in [inbound, outbound] {
+        let metrics = breaker.status().metrics;
+        assert_eq!((metrics.successful_requests, metrics.total_requests), (1, 1));
+    }
+}
+
+#[tokio::test]
+async fn an_answer_without_a_body_is_a_success_on_both_sides() {
+    for http2 in [false, true] {
+        let (inbound, outbound) = ["inbound", "outbound"]
+            .map(|name| CircuitBreaker::builder(name).build().unwrap())
+            .into();
+        let app = Router::new()
+            .route("/", get(async || "the length of this is told to a HEAD"))
+            .route("/204", get(async || StatusCode::NO_CONTENT))
+            .route("/304", get(async || StatusCode::NOT_MODIFIED))
+            .layer(CircuitBreakerLayer::http(inbound.clone()));
+        let server = serve(app).await;
+        let client = Client::builder(TokioExecutor::new())
+            .http2_only(http2)
+            .build_http::<Empty<Bytes>>();
+        let client = CircuitBreakerLayer::http(outbound.clone()).layer(client);
+        for (calls, (method, path)) in (1..).zip([("HEAD", "/"), ("GET", "/204"), ("GET", "/304")]) {
+            let request = Request::builder().method(method).uri(format!("http://{server}{path}"));
+            let request = request.body(Empty::new()).unwrap();
+            drop(client.clone().oneshot(request).await.unwrap());
+            for breaker in [&inbound, &outbound] {
+                let metrics = breaker.status().metrics;
+                let counts = (metrics.successful_requests, metrics.total_requests);
+                assert_eq!(counts, (calls, calls), "{} {path}, http2: {http2}", breaker.name());
+            }
+        }
     }
 }
 
