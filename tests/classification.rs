@@ -8,8 +8,8 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use portcullis::{
     Adaptive, CircuitBreaker, CircuitBreakerConfig, CircuitBreakerLayer, CircuitBreakerMetrics, Clock, CostMeter,
-    GrpcClassifier, GuardLayer, HttpClassifier, ManualClock, Outcome, RateLimitLayer, RateLimiter, Rejected, State,
-    TokenBucket, Verdict,
+    GrpcClassifier, GuardLayer, HttpClassifier, KeyedRateLimiter, ManualClock, Outcome, RateLimitLayer, RateLimiter,
+    Rejected, State, TokenBucket, Verdict,
     classify::{Judge, JudgeEnd, Judged},
 };
 use std::{
@@ -936,6 +936,100 @@ fn a_meter_corrects_the_limit_of_tokens_and_not_that_of_calls() {
         98,
         "nothing is burnt on the refusal of another"
     );
+}
+
+#[test]
+fn calls_and_tokens_in_any_order_and_of_each_caller_are_corrected_however_a_stream_ends() {
+    let clock = Clock::manual();
+    let bucket = || TokenBucket::new(100, Duration::from_secs(100));
+    let answer = |steps: &[Step]| {
+        let meter = CostMeter::new();
+        meter.add(30);
+        let mut answer = response(200, &[], script(steps.iter().cloned()));
+        answer.extensions_mut().insert(meter);
+        serves(answer)
+    };
+    let estimate = |_: &Request<()>| 50;
+    for steps in [vec![Step::Data("a")], vec![Step::Error], vec![Step::Wait]] {
+        let single = || RateLimiter::builder("model", bucket()).clock(&clock).build().unwrap();
+        let (calls, tokens) = (single(), single());
+        for layer in [
+            RateLimitLayer::http((calls.clone(), tokens.cost(estimate)))
+                .layer(answer(&steps))
+                .boxed(),
+            RateLimitLayer::http((tokens.cost(estimate), calls.clone()))
+                .layer(answer(&steps))
+                .boxed(),
+        ] {
+            drop(
+                layer
+                    .oneshot(get())
+                    .now_or_never()
+                    .unwrap()
+                    .unwrap()
+                    .collect()
+                    .now_or_never(),
+            );
+        }
+        let left = (calls.quota().remaining, tokens.quota().remaining);
+        assert_eq!(left, (98, 40), "{steps:?}");
+
+        let keyed = || {
+            let limiter = KeyedRateLimiter::builder("model", bucket()).clock(&clock).build();
+            limiter.unwrap()
+        };
+        let (calls, tokens) = (keyed(), keyed());
+        let who = |_: &Request<()>| Some(7_u8);
+        let pair = (calls.by(who), (calls.by(who), tokens.by(who).cost(estimate)));
+        let service = RateLimitLayer::http(pair).layer(answer(&steps));
+        drop(
+            service
+                .oneshot(get())
+                .now_or_never()
+                .unwrap()
+                .unwrap()
+                .collect()
+                .now_or_never(),
+        );
+        for (limiter, left) in [(calls, 98), (tokens, 70)] {
+            assert!(limiter.try_acquire_n(&7_u8, left + 1).is_err(), "{steps:?}: {left}");
+            limiter.try_acquire_n(&7_u8, left).expect("this much");
+        }
+    }
+}
+
+#[test]
+fn an_answer_that_is_judged_at_its_head_is_charged_what_its_meter_says_there() {
+    let clock = Clock::manual();
+    let tokens = RateLimiter::builder("model", TokenBucket::new(1_000, Duration::from_secs(1_000)))
+        .clock(&clock)
+        .build()
+        .unwrap();
+    let meter = CostMeter::new();
+    meter.add(20);
+    for (left, status) in [(980, 200), (960, 500)] {
+        let body = Script {
+            knows_its_end: true,
+            ..Script::default()
+        };
+        let mut answer = response(status, &[], body);
+        answer.extensions_mut().insert(meter.clone());
+        let service = RateLimitLayer::http(tokens.cost(|_: &Request<()>| 500)).layer(serves(answer));
+        let answer = service.oneshot(get()).now_or_never().unwrap().unwrap();
+        assert_eq!(tokens.quota().remaining, left, "{status}");
+        drop(answer);
+        assert_eq!(tokens.quota().remaining, left, "once");
+    }
+}
+
+#[test]
+fn a_meter_stays_at_the_largest_number() {
+    let meter = CostMeter::new();
+    meter.set(u32::MAX - 1);
+    for _ in 0..3 {
+        meter.add(1);
+    }
+    assert_eq!(meter.get(), u32::MAX);
 }
 
 #[test]

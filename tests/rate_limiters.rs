@@ -657,6 +657,21 @@ fn a_true_cost_below_the_reserved_is_returned() {
 }
 
 #[test]
+fn a_rate_is_used_by_what_calls_have_cost_in_truth() {
+    for (cost, rate) in [(4, 10.0), (5, 15.0)] {
+        let adaptive = Adaptive::new(10)
+            .window(10 * SECOND)
+            .minimum_calls(1)
+            .adjustment_factor(0.5);
+        let (clock, limiter) = limiter(adaptive);
+        let permit = limiter.try_acquire().unwrap();
+        permit.settle(Verdict::new(Outcome::Success).cost(cost));
+        clock.advance(10 * SECOND);
+        assert!(equal(limiter.status().rate, rate), "{cost}");
+    }
+}
+
+#[test]
 fn a_debt_is_at_most_one_burst() {
     for algorithm in [
         TokenBucket::new(10, 10 * SECOND).into(),

@@ -275,6 +275,18 @@ fn a_wait_that_did_not_fit_after_all_is_refused_at_its_deadline() {
 }
 
 #[test]
+fn what_a_call_turns_out_not_to_have_cost_goes_to_who_waits_at_once() {
+    let (_clock, limiter) = limiter(TokenBucket::new(2, 2 * SECOND));
+    let reserved = limiter.try_acquire_n(2).unwrap();
+    let mut next = waiting(limiter.acquire());
+    reserved.settle(Verdict::new(Outcome::Success).cost(1));
+    assert_eq!(limiter.status().waiting, 0, "served before it looks");
+    assert!(next.is_woken());
+    admitted(&mut next);
+    assert!(limiter.try_acquire().is_err());
+}
+
+#[test]
 fn who_leaves_the_line_lets_the_others_move_up() {
     for algorithm in one_a_second() {
         let (clock, limiter) = limiter(algorithm);
