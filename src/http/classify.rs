@@ -12,7 +12,10 @@ use crate::{
     permit::{Outcome, Permit, Verdict},
     rejected::Rejected,
 };
-use http::{HeaderMap, Method, Request, Response, StatusCode, header};
+use http::{
+    HeaderMap, Method, Request, Response, StatusCode,
+    header::{self, AsHeaderName},
+};
 use http_body::Body;
 use std::{any::Any, sync::Arc, time::Duration};
 
@@ -167,6 +170,9 @@ where
 /// Where there is no body (a `HEAD` request, 1xx, 204, 304, an empty one) the head is the end. So a half-open probe holds its slot
 /// until its answer has been streamed, and a slow call is measured to the end of its body.
 ///
+/// A client that looks at the head alone and drops the rest cancels its calls: no probe of it closes a circuit. Read the body to its
+/// end, or say with [`cancelled`](crate::CircuitBreakerConfig::cancelled) what such a call counts as.
+///
 /// A `Retry-After` of a 429 or 503 goes to the breaker, which heeds it if it
 /// [honours](crate::CircuitBreakerConfig::honor_retry_after) it, up to its cap: seconds, or a date if the response has a `Date` to
 /// compare it with.
@@ -260,7 +266,7 @@ impl JudgeEnd for CleanEnd {
 }
 
 /// The one value of a header field; nothing if there are several.
-fn only<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+fn only(headers: &HeaderMap, name: impl AsHeaderName) -> Option<&str> {
     let mut values = headers.get_all(name).into_iter();
     let value = values.next()?.to_str().ok()?;
     values.next().is_none().then_some(value)
@@ -268,7 +274,7 @@ fn only<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 
 /// How many bytes the body has: as the head says, or else the body. A server stops after so many.
 fn length<B: Body>(response: &Response<B>) -> Option<u64> {
-    let announced = only(response.headers(), header::CONTENT_LENGTH.as_str()).and_then(|length| length.parse().ok());
+    let announced = only(response.headers(), header::CONTENT_LENGTH).and_then(|length| length.parse().ok());
     announced.or_else(|| response.body().size_hint().exact())
 }
 
@@ -281,12 +287,12 @@ pub(super) fn retry_after<B>(response: &Response<B>) -> Option<Duration> {
         return None;
     }
     let headers = response.headers();
-    let value = only(headers, header::RETRY_AFTER.as_str())?;
+    let value = only(headers, header::RETRY_AFTER)?;
     if value.bytes().all(|byte| byte.is_ascii_digit()) {
         return value.parse().ok().map(Duration::from_secs);
     }
     let until = httpdate::parse_http_date(value).ok()?;
-    let now = httpdate::parse_http_date(only(headers, header::DATE.as_str())?).ok()?;
+    let now = httpdate::parse_http_date(only(headers, header::DATE)?).ok()?;
     until.duration_since(now).ok()
 }
 

@@ -67,6 +67,8 @@ impl<L: fmt::Debug, F> fmt::Debug for Cost<L, F> {
 impl RateLimiter {
     /// This limiter as a policy that charges for each request what `cost` says, in place of one.
     ///
+    /// In a pair it is asked more than once for each request, and should say the same each time.
+    ///
     /// ```
     /// use portcullis::{RateLimitLayer, RateLimiter, TokenBucket};
     /// use std::time::Duration;
