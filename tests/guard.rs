@@ -7,8 +7,9 @@ use axum::{
 };
 use futures_util::FutureExt;
 use portcullis::{
-    BoxError, CircuitBreaker, CircuitBreakerLayer, Clock, EventKind, Guard, GuardLayer, ManualClock, Outcome,
-    RateLimitLayer, RateLimiter, Reason, Rejected, SlidingWindow, State, TokenBucket, Verdict, policy::Waiting,
+    BoxError, CircuitBreaker, CircuitBreakerLayer, Clock, EventKind, Guard, GuardLayer, KeyedRateLimiter, ManualClock,
+    Outcome, RateLimitLayer, RateLimiter, Reason, Rejected, SlidingWindow, State, TokenBucket, Verdict,
+    policy::Waiting,
 };
 use std::{
     error::Error as StdError,
@@ -1735,6 +1736,43 @@ fn threads_behind_a_barrier_never_have_more_probes_in_the_service_than_allowed()
         let all = counted(&breaker);
         assert_eq!((all.cancelled, all.rejected), (3, THREADS as u64 - 3));
     }
+}
+
+#[test]
+fn threads_at_several_limits_burn_nothing_and_each_refusal_is_counted_once() {
+    const THREADS: u32 = 4;
+    const CALLS: u32 = 1_000;
+    let (clock, world) = (Clock::manual(), Arc::new(World::default()));
+    let (tokens, calls) = (bucket(&clock, 3_000), bucket(&clock, 1_000));
+    let of_each = TokenBucket::new(1, Duration::from_secs(60)).burst(400);
+    let each = KeyedRateLimiter::builder("search", of_each)
+        .clock(&clock)
+        .build()
+        .unwrap();
+    // Two keys of 400 calls: the tightest of the three, and asked last.
+    let policy = (
+        (tokens.cost(|_: &u32| 2), calls.clone()),
+        each.by(|call: &u32| Some(call % 2)),
+    );
+    let layer = GuardLayer::new(policy);
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            let guard = layer.layer(echo(&world));
+            scope.spawn(move || {
+                for call in 0..CALLS {
+                    let _ = guard.clone().oneshot(call).now_or_never().unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(world.calls(), 800);
+    assert_eq!((available(&tokens), available(&calls)), (1_400.0, 200.0));
+    let all = [tokens.status(), calls.status(), each.status()];
+    for status in &all {
+        assert_eq!(status.accepted_requests - status.returned_requests, 800);
+    }
+    let rejected = all.iter().map(|status| status.rejected_requests).sum::<u64>();
+    assert_eq!(rejected, u64::from(THREADS * CALLS) - 800);
 }
 
 #[test]

@@ -168,7 +168,7 @@ where
 /// | a body that is dropped before its end | cancelled; success if it had sent all that its `Content-Length` announces |
 ///
 /// Where there is no body (a `HEAD` request, 1xx, 204, 304, an empty one) the head is the end. So a half-open probe holds its slot
-/// until its answer has been streamed, and a slow call is measured to the end of its body.
+/// until its answer has been streamed, and a slow call is measured to the end of its body: on a server, as fast as the caller reads.
 ///
 /// A client that looks at the head alone and drops the rest cancels its calls: no probe of it closes a circuit. Read the body to its
 /// end, or say with [`cancelled`](crate::CircuitBreakerConfig::cancelled) what such a call counts as.
