@@ -12,6 +12,7 @@ use portcullis::{
     Rejected, State, TokenBucket, Verdict,
     classify::{Judge, JudgeEnd, Judged},
 };
+use proptest::{collection::vec, prelude::*};
 use std::{
     collections::VecDeque,
     io,
@@ -368,6 +369,71 @@ fn a_body_that_is_dropped_when_its_whole_length_has_come_has_ended() {
     body.frame().now_or_never().unwrap().unwrap().unwrap();
     drop(body);
     assert_eq!(world.counts(), CANCELLED, "the status of a gRPC call was still to come");
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        3 => prop_oneof![Just("x"), Just("xyz"), Just("")].prop_map(Step::Data),
+        1 => prop_oneof![Just("0"), Just("14"), Just("none")].prop_map(|code| Step::Trailers(vec![("grpc-status", code)])),
+        1 => Just(Step::Error),
+        1 => Just(Step::Panic),
+        1 => Just(Step::Wait),
+    ]
+}
+
+proptest! {
+    /// However a body behaves, and whoever reads it however far: its probe is judged once, and its slot is free.
+    #[test]
+    fn each_body_settles_its_permit_once(
+        steps in vec(any_step(), 0..6),
+        knows_its_end: bool,
+        length in prop_oneof![Just(None), Just(Some("0")), Just(Some("3")), Just(Some("6"))],
+        polls in 0..9_usize,
+        asks: bool,
+        of_grpc: bool,
+        panics: bool,
+    ) {
+        let world = World::new(
+            CircuitBreakerConfig::default().failure_threshold(1).half_open_max_calls(1).success_threshold(1),
+        );
+        world.breaker.try_acquire().unwrap().settle(Outcome::Failure);
+        world.clock.advance(Duration::from_secs(60));
+        let fields: Vec<_> = length.map(|length| ("content-length", length)).into_iter().collect();
+        let answer = response(200, &fields, Script { knows_its_end, ..script(steps) });
+        let breaker = world.breaker.clone();
+        let body = if of_grpc {
+            let service = CircuitBreakerLayer::grpc(breaker).layer(serves(answer));
+            service.oneshot(get()).now_or_never().unwrap().unwrap().into_body().boxed_unsync()
+        } else {
+            let service = CircuitBreakerLayer::http(breaker).layer(serves(answer));
+            service.oneshot(get()).now_or_never().unwrap().unwrap().into_body().boxed_unsync()
+        };
+        let mut body = Some(body);
+        for _ in 0..polls {
+            let body = body.as_mut().unwrap();
+            if asks && body.is_end_stream() {
+                break;
+            }
+            let _ = catch_unwind(AssertUnwindSafe(|| body.frame().now_or_never()));
+        }
+        let before: u64 = world.counts().iter().sum();
+        let dropped = catch_unwind(AssertUnwindSafe(|| {
+            let _body = body.take();
+            assert!(!panics, "somebody else's panic");
+        }));
+        prop_assert_eq!(dropped.is_err(), panics);
+        let counts = world.counts();
+        // The failure that tripped the circuit is one more.
+        prop_assert_eq!(counts.iter().sum::<u64>(), 2);
+        prop_assert!((1..=2).contains(&before));
+        prop_assert_eq!(world.breaker.status().probes_in_flight, 0);
+        let state = match counts {
+            [1, 1, 0, 0] => State::Closed,
+            [0, 2, 0, 0] => State::Open,
+            _ => State::HalfOpen,
+        };
+        prop_assert_eq!(world.breaker.state(), state);
+    }
 }
 
 /// Panics at the end.
