@@ -352,6 +352,23 @@ fn time_that_goes_back_frees_nobody() {
 }
 
 #[test]
+fn an_admission_of_a_thread_that_lies_behind_does_not_make_a_window_seem_whole() {
+    let (limiter, clock) = keyed(SlidingWindow::new(3, MINUTE), 1);
+    limiter.try_acquire(&1_u64).unwrap();
+    clock.advance(MINUTE / 2);
+    limiter.try_acquire(&1_u64).unwrap();
+    clock.rewind(MINUTE / 2);
+    // It has read the time before the others, and is served after them.
+    limiter.try_acquire(&1_u64).unwrap();
+    clock.advance(MINUTE);
+    limiter.try_acquire(&2_u64).expect("the overflow's");
+    assert_eq!(keys(&limiter).evicted, 0, "one is not back yet");
+    clock.advance(MINUTE / 2);
+    limiter.try_acquire(&2_u64).unwrap();
+    assert_eq!(keys(&limiter).evicted, 1);
+}
+
+#[test]
 fn settings_that_make_no_sense_are_refused() {
     let build = |max_keys, limit: &str| {
         let builder = KeyedRateLimiter::builder("api", TokenBucket::new(1, MINUTE)).limit(limit);

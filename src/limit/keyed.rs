@@ -227,6 +227,15 @@ impl Set {
         (done, Place::Key(fingerprint))
     }
 
+    /// When a key certainly has its whole quota. A window's latest admission may carry an earlier time than the one before, if its
+    /// thread lay behind: so what seems whole is asked for all of it, at the price of the window that takes its place.
+    fn whole_from(&self, view: View<'_>, now: Timestamp) -> Timestamp {
+        match view.full_again(now) {
+            at if at > now => at,
+            _ => view.peek(self.algorithm.largest(), now),
+        }
+    }
+
     /// Takes out a key that has its whole quota. Each look at one that has not is paid for by the call that it made since.
     fn evict(&self, books: &mut Books, now: Timestamp) -> bool {
         for _ in 0..LOOKS {
@@ -240,7 +249,7 @@ impl Set {
             let mut shard = self.shards.write(fingerprint);
             let full = shard
                 .get(&fingerprint)
-                .map(|entry| self.view(&entry.cell).full_again(now))
+                .map(|entry| self.whole_from(self.view(&entry.cell), now))
                 .filter(|full| *full > now);
             if let Some(full) = full {
                 *next = Reverse((full, fingerprint));
