@@ -172,7 +172,7 @@ impl KeyedRateLimiterBuilder {
     }
 }
 
-/// Where a call was admitted.
+/// Where a call was admitted. One that cost nothing was at its key, tracked or not: it may cost something yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Place {
     Key(u64),
