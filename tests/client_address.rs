@@ -86,7 +86,7 @@ fn the_right_most_hop_that_is_not_trusted_is_the_client() {
 
 #[test]
 fn rfc_7239_is_read_as_it_is_written() {
-    const TABLE: [(&[&str], &str); 16] = [
+    const TABLE: [(&[&str], &str); 33] = [
         (&["for=203.0.113.7"], "203.0.113.7"),
         (&["For=\"203.0.113.7:80\";proto=https;by=10.0.0.1"], "203.0.113.7"),
         (&["proto=https; for = \"[2001:db8::7]:4711\""], "2001:db8::7"),
@@ -103,12 +103,52 @@ fn rfc_7239_is_read_as_it_is_written() {
         (&["for=\"1.1.1.1", "for=203.0.113.7"], "203.0.113.7"),
         (&["for=;"], "10.0.0.1"),
         (&["for=\"\""], "10.0.0.1"),
+        (&["for=203.0.113.7;"], "203.0.113.7"),
+        (&[";;for=203.0.113.7 ;; proto=https;"], "203.0.113.7"),
+        (&["for=\"203.0.113.7:_port\""], "203.0.113.7"),
+        (&["for=\"[2001:db8::7]:_port.1\""], "2001:db8::7"),
+        (&["for=1.1.1.1, for=203.0.113.7;host=\"a,b\""], "203.0.113.7"),
+        (&["for=1.1.1.1, for=203.0.113.7;host=\"a;b\""], "203.0.113.7"),
+        (&["host=\"a,b\";for=203.0.113.7, for=10.0.0.2"], "203.0.113.7"),
+        (&["for=203.0.113.7;host=\"a\\\",for=1.1.1.1;x=\\\"b\""], "203.0.113.7"),
+        (&["for=203.0.113.7;host=\"a\\\\\", for=10.0.0.2"], "203.0.113.7"),
+        (&["for=1.1.1.1;x=\", for=203.0.113.7;host=\"a\"b\""], "10.0.0.1"),
+        (&["for=1.1.1.1, for=203.0.113.7;host=a\"b\""], "10.0.0.1"),
+        (&["for=1.1.1.1, for=203.0.113.7;host=\"a\"b"], "10.0.0.1"),
+        (&["for=1.1.1.1, for;x=1"], "10.0.0.1"),
+        (&["for=1.1.1.1, for=203.0.113.7;x"], "10.0.0.1"),
+        (&["for=\"203.0.113.7\\"], "10.0.0.1"),
+        (&["for=\"203.0.113.7\\\""], "10.0.0.1"),
+        (&["\"", "for=203.0.113.7;x=\"\""], "203.0.113.7"),
     ];
     let client = behind_proxies().forwarded(Forwarded::Rfc7239);
     for (lines, expected) in TABLE {
         let mut lines: Vec<_> = lines.iter().map(|line| ("forwarded", *line)).collect();
         lines.push(("x-forwarded-for", "9.9.9.9"));
         assert_eq!(client.of(&request("10.0.0.1", &lines)), Some(ip(expected)), "{lines:?}");
+    }
+}
+
+#[test]
+fn a_host_that_the_proxy_quotes_passes_for_no_address() {
+    let client = behind_proxies().forwarded(Forwarded::Rfc7239);
+    // All of these are hosts by RFC 3986, which the client chooses and the proxy repeats.
+    for host in [
+        "a,for=1.1.1.1;x=",
+        "a;for=1.1.1.1",
+        ",for=1.1.1.1",
+        "for=1.1.1.1,",
+        ";",
+        ",",
+    ] {
+        for line in [
+            format!("for=203.0.113.7;host=\"{host}\";proto=https"),
+            format!("proto=https;host=\"{host}\";for=\"203.0.113.7:1234\""),
+            format!("for=203.0.113.7;host=\"{host}\", for=10.0.0.2;host=\"{host}\""),
+        ] {
+            let request = request("10.0.0.1", &[("forwarded", &line)]);
+            assert_eq!(client.of(&request), Some(ip("203.0.113.7")), "{line}");
+        }
     }
 }
 
@@ -221,16 +261,17 @@ proptest! {
 
     #[test]
     fn what_the_client_writes_never_hides_what_the_proxy_wrote(
-        invented in "[ -~]{0,40}", lines in 1..3_usize, rfc: bool,
+        invented in "[ -~]{0,40}", host in "[a-z,;=.!$&'()*+]{0,20}", lines in 1..3_usize, rfc: bool,
     ) {
         let mut request = request("10.0.0.1", &[]);
-        let (name, proxys) = if rfc { ("forwarded", "for=203.0.113.7") } else { ("x-forwarded-for", "203.0.113.7") };
+        let proxys = if rfc { format!("for=203.0.113.7;host=\"{host}\"") } else { "203.0.113.7".into() };
+        let name = if rfc { "forwarded" } else { "x-forwarded-for" };
         if lines == 1 {
             let value = HeaderValue::from_str(&format!("{invented}, {proxys}")).unwrap();
             request.headers_mut().append(name, value);
         } else {
             request.headers_mut().append(name, HeaderValue::from_str(&invented).unwrap());
-            request.headers_mut().append(name, HeaderValue::from_static(proxys));
+            request.headers_mut().append(name, HeaderValue::from_str(&proxys).unwrap());
         }
         let field = if rfc { Forwarded::Rfc7239 } else { Forwarded::XForwardedFor };
         prop_assert_eq!(behind_proxies().forwarded(field).of(&request), Some(ip("203.0.113.7")));

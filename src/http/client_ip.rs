@@ -218,16 +218,42 @@ impl ClientIp {
             Forwarded::Rfc7239 => forwarded_for(hop),
         };
         let lines = request.headers().get_all(name).into_iter().rev();
-        lines.flat_map(|line| elements(line.as_bytes()).rev()).map(parse)
+        lines
+            .flat_map(move |line| from_the_right(line.as_bytes(), forwarded))
+            .map(parse)
     }
 }
 
-/// The elements of a list.
+/// The elements of a list, the last first.
+fn from_the_right(line: &[u8], forwarded: Forwarded) -> impl Iterator<Item = &[u8]> {
+    let mut rest = Some(line);
+    std::iter::from_fn(move || {
+        let line = rest?;
+        let comma = last_comma(line, forwarded);
+        rest = comma.map(|at| &line[..at]);
+        Some(line[comma.map_or(0, |at| at + 1)..].trim_ascii())
+    })
+}
+
+/// Where the last element of a list begins.
 ///
-/// Commas inside quoted strings separate too: of what RFC 7239 has inside quotes nothing has one, and to take a client's open
-/// quotation mark for the beginning of a string would have it swallow what the proxies wrote behind it.
-fn elements(line: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
-    line.split(|byte| *byte == b',').map(<[u8]>::trim_ascii)
+/// A host, which the client chooses and a proxy repeats in quotes, may have commas: they separate nothing. Read from the right,
+/// what is a string depends only on what the proxies wrote behind it: a quotation mark that the client leaves open swallows
+/// nothing of it.
+fn last_comma(line: &[u8], forwarded: Forwarded) -> Option<usize> {
+    let mut inside = false;
+    line.iter().enumerate().rposition(|(at, byte)| match byte {
+        b'"' if forwarded == Forwarded::Rfc7239 => {
+            inside = !inside || is_escaped(line, at);
+            false
+        }
+        byte => *byte == b',' && !inside,
+    })
+}
+
+fn is_escaped(text: &[u8], at: usize) -> bool {
+    let backslashes = text[..at].iter().rev().take_while(|byte| **byte == b'\\');
+    backslashes.count() % 2 == 1
 }
 
 /// An address, with a port or a zone perhaps: `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]:80`, `fe80::1%eth0`.
@@ -254,22 +280,49 @@ fn v6(text: &str) -> Option<IpAddr> {
     address.parse::<Ipv6Addr>().ok().map(IpAddr::V6)
 }
 
-/// The `for` of an element of `Forwarded`. An obfuscated or unknown one is no address.
+/// The `for` of an element of `Forwarded`. An obfuscated or unknown one is no address, nor is one of an element that is not as
+/// RFC 7239 has it.
 fn forwarded_for(element: &[u8]) -> Option<IpAddr> {
-    let mut found = None;
-    for pair in element.split(|byte| *byte == b';') {
-        let at = pair.iter().position(|byte| *byte == b'=')?;
-        let (name, value) = (pair[..at].trim_ascii(), pair[at + 1..].trim_ascii());
-        if !name.eq_ignore_ascii_case(b"for") {
-            continue;
+    let (mut found, mut pairs) = (None, element);
+    loop {
+        pairs = match pairs.trim_ascii_start() {
+            [] => return found,
+            [b';', others @ ..] => others,
+            pairs => {
+                let at = pairs.iter().position(|byte| matches!(byte, b'=' | b';'))?;
+                let (name, value) = (pairs[..at].trim_ascii(), pairs[at..].strip_prefix(b"=")?);
+                let (value, others) = first_value(value.trim_ascii_start())?;
+                if name.eq_ignore_ascii_case(b"for") {
+                    if found.is_some() {
+                        return None;
+                    }
+                    found = Some(address(without_hidden_port(value))?);
+                }
+                others
+            }
         }
-        if found.is_some() {
-            return None;
-        }
-        let quoted = value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\""));
-        found = Some(address(quoted.unwrap_or(value))?);
     }
-    found
+}
+
+/// A value, without the quotes that it may have, and what follows it: nothing or a semicolon.
+fn first_value(text: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (value, others) = if let Some(text) = text.strip_prefix(b"\"") {
+        let end = |(at, byte): (usize, &u8)| *byte == b'"' && !is_escaped(text, at);
+        let end = text.iter().enumerate().position(end)?;
+        (&text[..end], text[end + 1..].trim_ascii_start())
+    } else {
+        let end = text.iter().position(|byte| matches!(byte, b';' | b'"'));
+        text.split_at(end.unwrap_or(text.len()))
+    };
+    matches!(others, [] | [b';', ..]).then(|| (value.trim_ascii_end(), others))
+}
+
+/// `192.0.2.1:_port` has one that says nothing.
+fn without_hidden_port(node: &[u8]) -> &[u8] {
+    match node.iter().rposition(|byte| *byte == b':') {
+        Some(at) if node[at + 1..].starts_with(b"_") => &node[..at],
+        _ => node,
+    }
 }
 
 fn peer<B>(request: &Request<B>) -> Option<IpAddr> {
