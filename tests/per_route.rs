@@ -190,6 +190,71 @@ async fn in_axum_the_route_is_the_one_that_axum_has_matched() {
     );
 }
 
+#[cfg(feature = "axum")]
+#[tokio::test]
+async fn where_axums_route_catches_all_the_path_tells_more() {
+    let (place, files, other) = (limiter("place", 100), limiter("files", 100), limiter("other", 100));
+    let limits = Limits {
+        routes: PerRoute::builder()
+            .any("/shop.Orders/Place", place.clone())
+            .any("/v2/shop.Orders/Place", place.clone())
+            .any("/files/{*path}", files.clone())
+            .exempt("/pages/{name}")
+            .exempt("/v2/pages/{name}")
+            .default(other.clone())
+            .build()
+            .unwrap(),
+        users: place,
+        search: files,
+        other,
+    };
+    let layer = RateLimitLayer::http(limits.routes.clone());
+    let router = || {
+        Router::new()
+            // As tonic does it: a route for each service.
+            .route("/shop.Orders/{*rest}", any(async || "placed"))
+            .route("/files/{*path}", any(async || "a file"))
+            .route("/pages/{*path}", any(async || "a page"))
+    };
+    let requests = |paths: &[&'static str]| paths.iter().map(|path| (Method::GET, *path)).collect::<Vec<_>>();
+    let outside = router().nest("/v2", router()).layer(layer.clone());
+    let inside = router().layer(layer.clone());
+    let inside = inside.clone().nest("/v2/", inside);
+    for app in [outside, inside] {
+        let met = async |paths: &[&'static str]| met(&limits, &app, &requests(paths)).await;
+        assert_eq!(met(&["/shop.Orders/Place", "/shop.Orders/Place?x"]).await, [2, 0, 0]);
+        assert_eq!(met(&["/v2/shop.Orders/Place"]).await, [1, 0, 0]);
+        assert_eq!(met(&["/shop.Orders/List", "/v2/shop.Orders/List"]).await, [0, 0, 2]);
+        assert_eq!(met(&["/files/a/b", "/files//"]).await, [0, 2, 0]);
+        assert_eq!(met(&["/v2/files/a/b"]).await, [0, 0, 1]);
+        assert_eq!(met(&["/pages/a", "/v2/pages/a"]).await, [0, 0, 0], "exempt");
+        assert_eq!(
+            met(&["/pages/a/b", "/v2/pages/a/b"]).await,
+            [0, 0, 2],
+            "no name has a slash"
+        );
+    }
+}
+
+#[tokio::test]
+async fn every_form_of_a_target_meets_a_rule() {
+    let limits = limits();
+    let service = no_router(limits.routes.clone());
+    let met = async |requests: &[(Method, &str)]| met(&limits, &service, requests).await;
+    assert_eq!(met(&[(Method::GET, "http://example.com/users/1")]).await, [1, 0, 0]);
+    assert_eq!(met(&[(Method::GET, "http://example.com/health?x")]).await, [0, 0, 0]);
+    assert_eq!(
+        met(&[
+            (Method::CONNECT, "example.com:443"),
+            (Method::OPTIONS, "*"),
+            (Method::GET, "http://example.com"),
+            (Method::GET, "http://example.com?/health"),
+        ])
+        .await,
+        [0, 0, 4]
+    );
+}
+
 #[tokio::test]
 async fn a_route_layer_limits_one_route() {
     let report = limiter("report", 1);

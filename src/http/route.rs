@@ -14,9 +14,11 @@ use std::{collections::HashMap, fmt, sync::Arc, task::Context};
 /// `/shop.Orders/Place` or `/shop.Orders/{method}`. The path itself is never a key nor a label.
 ///
 /// With the feature `axum`, and in a layer that axum runs after routing (`Router::layer`, `route_layer`), the route is the one that
-/// axum has matched. Anywhere else (round a finished app, inside `nest_service`, in tonic and hyper) it is the one that
+/// axum has matched; where that one ends in a catch-all, the path tells more and is matched as a whole, so a rule may be finer
+/// than axum's route: for one method of a tonic service. Anywhere else (round a finished app, inside `nest_service`, in tonic and hyper) it is the one that
 /// the path matches, as it stands in the request: nothing is decoded and no slash is added or taken away. What matches no route
-/// meets the default, so an odd spelling of an exempt path is not exempt. Inside `nest_service` the path is what is left of it.
+/// meets the default, so an odd spelling of an exempt path is not exempt. Inside `nest_service` the path is what is left of it. A
+/// request that a handler passes on to a client still has the route that it came in by: take `MatchedPath` out of its extensions.
 ///
 /// `HEAD` takes the policy of `GET` where it has none of its own. All policies are of one type: limits, breakers, pairs, keyed
 /// ones. The policy is known only when the request is: such a layer reserves nothing in `poll_ready`, so it asks the inner
@@ -42,7 +44,7 @@ use std::{collections::HashMap, fmt, sync::Arc, task::Context};
 /// ```
 ///
 /// A look-up takes time in proportion to the length of the path; it allocates nothing but where a template has parameters that
-/// `matchit` keeps elsewhere than on the stack (more than four).
+/// `matchit` keeps elsewhere than on the stack (more than four), and where a nested route of axum's catches all.
 pub struct PerRoute<P>(Arc<Routes<P>>);
 
 struct Routes<P> {
@@ -172,13 +174,19 @@ impl<P> PerRoute<P> {
 
     fn pick<B>(&self, request: &Request<B>) -> Option<&P> {
         let routes = &*self.0;
+        let by_path = |path: &str| routes.by_path.at(path).ok().map(|found| *found.value);
         let at = match matched(request) {
+            Some(template) if catches_all(template) => match nested(request) {
+                // A parameter of the prefix is matched as if it were a part of a path.
+                Some(prefix) => by_path(&[prefix.trim_end_matches('/'), request.uri().path()].concat()),
+                None => by_path(request.uri().path()),
+            },
             // A template of other parameters' names is matched as if it were a path: a parameter matches a parameter.
             Some(template) => {
                 let same = routes.by_template.get(template).copied();
-                same.or_else(|| routes.by_path.at(template).ok().map(|found| *found.value))
+                same.or_else(|| by_path(template))
             }
-            None => routes.by_path.at(request.uri().path()).ok().map(|found| *found.value),
+            None => by_path(request.uri().path()),
         };
         match at.and_then(|at| routes.rules[at].of(request.method())) {
             Some(Rule::Ask(policy)) => Some(policy),
@@ -197,6 +205,22 @@ fn matched<B>(request: &Request<B>) -> Option<&str> {
 
 #[cfg(not(feature = "axum"))]
 fn matched<B>(_: &Request<B>) -> Option<&str> {
+    None
+}
+
+fn catches_all(template: &str) -> bool {
+    template.rsplit('/').next().is_some_and(|last| last.starts_with("{*"))
+}
+
+/// The prefix that axum has taken off the path.
+#[cfg(feature = "axum")]
+fn nested<B>(request: &Request<B>) -> Option<&str> {
+    let prefix: &axum::extract::NestedPath = request.extensions().get()?;
+    Some(prefix.as_str())
+}
+
+#[cfg(not(feature = "axum"))]
+fn nested<B>(_: &Request<B>) -> Option<&str> {
     None
 }
 
