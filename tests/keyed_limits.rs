@@ -512,6 +512,34 @@ fn several_limits_admit_together_or_not_at_all() {
 }
 
 #[test]
+fn in_a_pair_the_refusals_of_the_keyless_and_of_the_overflow_are_counted_as_such() {
+    for paired in [false, true] {
+        let (limiter, _) = keyed(TokenBucket::new(1, MINUTE), 2);
+        let all = RateLimiter::new("api", TokenBucket::new(100, MINUTE)).unwrap();
+        let ask = |who| {
+            let callers = limiter.by(caller);
+            let answer = if paired {
+                let service = GuardLayer::new((all.clone(), callers)).layer(yes());
+                service.oneshot(call(who)).now_or_never()
+            } else {
+                let service = GuardLayer::new(callers).layer(yes());
+                service.oneshot(call(who)).now_or_never()
+            };
+            answer.unwrap().is_ok()
+        };
+        assert_eq!([(); 3].map(|()| ask(None)), [true, false, false]);
+        assert_eq!(
+            ["a", "b", "c", "d"].map(|who| ask(Some(who))),
+            [true, true, false, false]
+        );
+        let keys = keys(&limiter);
+        assert_eq!(keys.missing_key_requests, 3, "paired: {paired}");
+        assert_eq!(keys.overflow_requests, 3, "paired: {paired}");
+        assert_eq!(limiter.status().rejected_requests, 4, "paired: {paired}");
+    }
+}
+
+#[test]
 fn a_keyed_limit_may_charge_by_the_request() {
     let (limiter, _) = keyed(TokenBucket::new(10, MINUTE), 10);
     let by_cost = limiter.by(caller).cost(|call: &Call| call.cost);

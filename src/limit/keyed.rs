@@ -415,23 +415,38 @@ impl KeyedRateLimiter {
     /// The refusal that the key's next call of this cost would meet, without taking anything. In a full set a new key may
     /// be refused by the overflow all the same.
     pub(crate) fn peek(&self, fingerprint: u64, cost: u32, now: &Reading) -> Option<Rejected> {
+        self.peek_at(fingerprint, cost, now).map(|(why, _)| why)
+    }
+
+    /// The same, counted as [`acquire_at`](Self::acquire_at) would.
+    pub(crate) fn refuse(&self, fingerprint: u64, cost: u32, now: &Reading) -> Option<Rejected> {
+        let (why, place) = self.peek_at(fingerprint, cost, now)?;
+        if place == Place::Overflow {
+            self.set.local().add(counter::OVERFLOWED, 1);
+        }
+        self.count(Some(fingerprint), &why, now);
+        Some(why)
+    }
+
+    fn peek_at(&self, fingerprint: u64, cost: u32, now: &Reading) -> Option<(Rejected, Place)> {
         let set: &Set = &self.set;
         if cost == 0 {
             return None;
         }
         let now = now.at(&set.clock);
         if let Err(why) = set.check_cost(fingerprint, cost, now) {
-            return Some(why);
+            return Some((why, Place::Key(fingerprint)));
         }
         let look = |view: View<'_>| {
             let until = view.peek(cost, now);
             (now < until).then(|| set.over_limit(view, until, now))
         };
-        match set.with(fingerprint, |view, _| look(view)) {
-            Some(refusal) => refusal,
-            None if set.overflows(now) => look(set.view(&set.overflow)),
-            None => None,
-        }
+        let (refusal, place) = match set.with(fingerprint, |view, _| look(view)) {
+            Some(refusal) => (refusal, Place::Key(fingerprint)),
+            None if set.overflows(now) => (look(set.view(&set.overflow)), Place::Overflow),
+            None => return None,
+        };
+        refusal.map(|why| (why, place))
     }
 
     pub(crate) fn missing_key(&self) -> Rejected {

@@ -91,13 +91,20 @@ impl<X> Keyed<KeyedRateLimiter, X> {
     where
         X: Key<Req>,
     {
-        let (key, why) = match self.whose(request) {
-            Whose::Key(key) => (Some(key), self.set.peek(key, cost, now)?),
-            Whose::Nobodys => return None,
-            Whose::Rejected(why) => (None, why),
-        };
-        self.set.count(key, &why, now);
-        Some(why)
+        match self.whose(request) {
+            Whose::Key(key) => {
+                let why = self.set.refuse(key, cost, now)?;
+                if key == self.set.keyless() {
+                    self.set.count_keyless();
+                }
+                Some(why)
+            }
+            Whose::Nobodys => None,
+            Whose::Rejected(why) => {
+                self.set.count(None, &why, now);
+                Some(why)
+            }
+        }
     }
 }
 
