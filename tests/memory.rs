@@ -2,8 +2,8 @@
 
 use allocation_counter::{AllocationInfo, measure};
 use portcullis::{
-    Adaptive, Algorithm, CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, ManualClock, Outcome, RateLimitLayer,
-    RateLimiter, SlidingWindow, TokenBucket, Window,
+    Adaptive, Algorithm, CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, KeyedCircuitBreaker, KeyedRateLimiter,
+    ManualClock, Outcome, RateLimitLayer, RateLimiter, SlidingWindow, TokenBucket, Window,
 };
 use std::{
     future::{Ready, ready},
@@ -70,6 +70,68 @@ fn use_grows_nothing() {
     };
     go();
     assert_eq!(measure(go), AllocationInfo::default(), "after a first round");
+}
+
+/// What a set has allocated for each of its keys, in bytes: filled, and when as many again have come ten times.
+fn for_each_key(keys: u64, mut visit: impl FnMut(u64)) -> (u64, u64) {
+    let filled = measure(|| (0..keys).for_each(&mut visit)).bytes_current;
+    let grown = measure(|| (keys..11 * keys).for_each(&mut visit)).bytes_current;
+    let each = |bytes: i64| u64::try_from(bytes).unwrap().div_ceil(keys);
+    (each(filled), each(filled + grown))
+}
+
+#[test]
+fn a_keyed_limit_takes_no_more_for_a_key_than_it_says_whoever_comes_and_goes() {
+    let algorithms: [(Algorithm, u64); 3] = [
+        (TokenBucket::new(10, MINUTE).into(), 0),
+        (SlidingWindow::new(10, MINUTE).into(), 60 + 8 * 10),
+        (Adaptive::new(10).into(), 250),
+    ];
+    for (algorithm, more) in algorithms {
+        // Whose keys make room; and whose all stay, so that new ones meet the overflow. Maps grow in steps: several sizes.
+        for (pause, keys) in [
+            (MINUTE, 3_250),
+            (MINUTE, 4_000),
+            (MINUTE, 5_000),
+            (Duration::ZERO, 5_000),
+        ] {
+            let clock = Clock::manual();
+            let limiter = KeyedRateLimiter::builder("agent", algorithm).clock(&clock);
+            let limiter = limiter.max_keys(usize::try_from(keys).unwrap()).build().unwrap();
+            let (filled, churned) = for_each_key(keys, |key| {
+                let _ = limiter.try_acquire(&key);
+                if key % (keys / 10) == 0 {
+                    clock.advance(pause);
+                }
+            });
+            let status = limiter.status().keys.unwrap();
+            assert_eq!(status.tracked as u64, keys);
+            assert_eq!(status.evicted > 0, pause > Duration::ZERO);
+            let most = if pause > Duration::ZERO { 220 } else { 110 };
+            assert!(filled <= 110 + more, "{algorithm:?}, {keys}: {filled} bytes a key");
+            assert!(churned <= most + more, "{algorithm:?}, {keys}: {churned} bytes a key");
+        }
+    }
+}
+
+#[test]
+fn a_keyed_breaker_takes_about_a_kilobyte_for_a_key_whoever_comes_and_goes() {
+    const KEYS: u64 = 2_000;
+    let clock = Clock::manual();
+    // Whose breakers make room; and whose all stay, so that new keys meet the overflow.
+    for outcome in [Outcome::Success, Outcome::Failure] {
+        let breakers = KeyedCircuitBreaker::builder("agent").clock(&clock);
+        let breakers = breakers.max_keys(usize::try_from(KEYS).unwrap()).build().unwrap();
+        let (filled, churned) = for_each_key(KEYS, |key| {
+            if let Ok(permit) = breakers.try_acquire(&key) {
+                permit.settle(outcome);
+            }
+        });
+        let status = breakers.status();
+        assert_eq!(status.tracked as u64, KEYS);
+        assert_eq!(status.evicted > 0, outcome == Outcome::Success);
+        assert!(filled.max(churned) <= 1_300, "{filled}, {churned} bytes a key");
+    }
 }
 
 fn call<S: Service<u32>>(service: &mut S) -> bool {

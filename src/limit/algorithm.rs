@@ -159,7 +159,8 @@ pub(super) enum Cells {
 #[derive(Debug)]
 pub(super) enum Cell {
     TokenBucket(Level),
-    Other(Box<State>),
+    SlidingWindow(Box<SlidingWindowState>),
+    Adaptive(Box<AdaptiveState>),
 }
 
 impl Cells {
@@ -167,9 +168,11 @@ impl Cells {
     pub(super) fn full(&self) -> Cell {
         match self {
             Self::TokenBuckets(shape) => Cell::TokenBucket(shape.full()),
+            // Each in a box of its own size.
             Self::Others { algorithm, start } => match algorithm.build(*start) {
-                Ok(state) => Cell::Other(Box::new(state)),
-                Err(_) => unreachable!("validated when the cells were made"),
+                Ok(State::SlidingWindow(state)) => Cell::SlidingWindow(Box::new(state)),
+                Ok(State::Adaptive(state)) => Cell::Adaptive(Box::new(state)),
+                Ok(State::TokenBucket(_)) | Err(_) => unreachable!("validated when the cells were made"),
             },
         }
     }
@@ -177,7 +180,8 @@ impl Cells {
     pub(super) fn view<'a>(&'a self, cell: &'a Cell) -> View<'a> {
         match (self, cell) {
             (Self::TokenBuckets(shape), Cell::TokenBucket(level)) => View::TokenBucket(shape.of(level)),
-            (_, Cell::Other(state)) => state.view(),
+            (_, Cell::SlidingWindow(state)) => View::SlidingWindow(state),
+            (_, Cell::Adaptive(state)) => View::Adaptive(state),
             (Self::Others { .. }, Cell::TokenBucket(_)) => unreachable!("made by these cells"),
         }
     }

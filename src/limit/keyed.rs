@@ -68,8 +68,9 @@ const LOOKS: usize = 256;
 /// takes a mutex, for O(log keys); in a full set it looks at up to 256 keys that should be idle. If these are all in use, it
 /// meets the overflow, and the next new key looks at others.
 ///
-/// Memory: about 60 to 110 bytes for each tracked key of a token bucket, its place in the maps included; for a sliding window 60
-/// more, and 8 for each request of its quota; for an adaptive limiter about 350 more.
+/// Memory: about 60 to 110 bytes for each tracked key of a token bucket, its place in the maps included, and up to 220 in a full
+/// set whose keys come and go; for a sliding window 60 more, and 8 for each request of its quota; for an adaptive limiter about
+/// 250 more.
 #[derive(Clone)]
 pub struct KeyedRateLimiter {
     set: Striped<Set, { counter::COUNTERS }>,
