@@ -115,6 +115,18 @@ fn a_keyed_limit_takes_no_more_for_a_key_than_it_says_whoever_comes_and_goes() {
 }
 
 #[test]
+fn what_is_no_keys_yet_is_refused_and_shown_without_a_quota_being_made() {
+    let limiter = KeyedRateLimiter::builder("agent", SlidingWindow::new(100_000, MINUTE));
+    let limiter = limiter.clock(Clock::manual()).build().unwrap();
+    let refuse = || assert!(limiter.try_acquire_n("stranger", 100_001).is_err());
+    refuse();
+    let made = measure(refuse).bytes_total;
+    assert!(made < 1_000, "{made} bytes for a refusal");
+    let made = measure(|| assert!(limiter.status().available_tokens > 99_999.0)).bytes_total;
+    assert!(made < 1_000, "{made} bytes for a status");
+}
+
+#[test]
 fn a_keyed_breaker_takes_about_a_kilobyte_for_a_key_whoever_comes_and_goes() {
     const KEYS: u64 = 2_000;
     let clock = Clock::manual();

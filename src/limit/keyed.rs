@@ -90,6 +90,8 @@ struct Set {
     shards: Shards<Entry>,
     books: Mutex<Books>,
     overflow: Cell,
+    /// What a new key finds: looked at, and never used.
+    unused: Cell,
 }
 
 struct Entry {
@@ -167,6 +169,7 @@ impl KeyedRateLimiterBuilder {
                 shards: Shards::default(),
                 books: Mutex::default(),
                 overflow: cells.full(),
+                unused: cells.full(),
                 cells,
             }),
         })
@@ -303,7 +306,7 @@ impl Set {
             return Ok(());
         }
         let told = self.with(fingerprint, |view, _| self.told(view, now));
-        let told = told.unwrap_or_else(|| self.told(self.view(&self.cells.full()), now));
+        let told = told.unwrap_or_else(|| self.told(self.view(&self.unused), now));
         Err(self.rejected(Reason::CostExceedsBurst { cost, burst }, told))
     }
 }
@@ -530,8 +533,7 @@ impl KeyedRateLimiter {
         }
         let (tracked, evicted) = (books.idle_from.len(), books.evicted);
         drop(books);
-        let full = set.cells.full();
-        let cell = if set.overflows(now) { &set.overflow } else { &full };
+        let cell = if set.overflows(now) { &set.overflow } else { &set.unused };
         let view = set.view(cell);
         let until = view.peek(1, now);
         let seen = Seen {
