@@ -329,6 +329,11 @@ fn a_host_is_the_same_in_every_spelling() {
         "http://example.com:80/",
         "https://example.com:443/",
         "http://user@example.com/",
+        "http://example.com./",
+        "https://example.com.:443/",
+        "wss://example.com:443/",
+        "ws://example.com:80/",
+        "http://example.com:/",
     ] {
         assert_eq!(of(same, &[]), plain, "{same}");
     }
@@ -348,6 +353,10 @@ fn a_host_is_the_same_in_every_spelling() {
     assert_eq!(of("/path", &[]), None);
     assert_eq!(of("/path", &["a.com", "b.com"]), None);
     assert_eq!(of("/path", &["not a host"]), None);
+    assert_eq!(of("/path", &[""]), None);
+    assert_eq!(of("/path", &["."]), None);
+    assert_eq!(of("/path", &["user@"]), None);
+    assert_eq!(of("http://[2001:DB8::1]:80/", &[]), of("http://[2001:db8::1]/", &[]));
 }
 
 #[test]

@@ -106,7 +106,7 @@ impl<T: Hash + Send + Sync + 'static, B> Key<Request<B>> for Extension<T> {
 
 /// The host that a client's request goes to: of its URI, or else of its `Host` field. For a breaker for each host.
 ///
-/// `Example.com`, `example.com:443` over `https` and `example.com` are one host. A request that names none, or several, has no key.
+/// `Example.com`, `example.com:443` over `https`, `example.com.` and `example.com` are one host. A request that names none, or several, has no key.
 ///
 /// ```
 /// use portcullis::{CircuitBreakerLayer, KeyedCircuitBreaker, key};
@@ -137,10 +137,13 @@ impl<B> Key<Request<B>> for Host {
                 _ => return false,
             },
         };
-        if authority.host().is_empty() {
+        // The dot says that the name is whole.
+        let host = authority.host();
+        let host = host.strip_suffix('.').unwrap_or(host);
+        if host.is_empty() {
             return false;
         }
-        for byte in authority.host().bytes() {
+        for byte in host.bytes() {
             hasher.write_u8(byte.to_ascii_lowercase());
         }
         // No byte of a host: the port cannot pass for a part of the name.
@@ -153,7 +156,7 @@ impl<B> Key<Request<B>> for Host {
 
 fn default_port(uri: &Uri) -> u16 {
     match uri.scheme_str() {
-        Some("https") => 443,
+        Some("https" | "wss") => 443,
         _ => 80,
     }
 }
