@@ -186,6 +186,16 @@ fn the_addresses_of_one_ipv6_network_are_one_key() {
         "one address, two spellings"
     );
     assert_ne!(key(&client, "203.0.113.7"), key(&client, "203.0.113.8"));
+    assert_eq!(
+        key(&client, "64:ff9b::203.0.113.7"),
+        key(&client, "203.0.113.7"),
+        "a translator's (RFC 6052): else all who come through one are one"
+    );
+    assert_ne!(
+        key(&client, "64:ff9b::203.0.113.7"),
+        key(&client, "64:ff9b::203.0.113.8")
+    );
+    assert_eq!(key(&client, "64:ff9b:1::1"), key(&client, "64:ff9b:1::2"));
     for bits in [0, 31, 129, 255] {
         assert_eq!(client.clone().ipv6_prefix(bits).unwrap_err().field(), "ipv6_prefix");
     }
@@ -219,6 +229,18 @@ fn networks_are_checked() {
         ("::ffff:10.0.0.0/104", "10.1.2.3", true),
         ("2001:db8::/33", "2001:db8:7fff::1", true),
         ("2001:db8::/33", "2001:db8:8000::1", false),
+        ("10.0.0.0/32", "10.0.0.0", true),
+        ("10.0.0.0/32", "10.0.0.1", false),
+        ("2001:db8::1/128", "2001:db8::1", true),
+        ("2001:db8::1/128", "2001:db8::2", false),
+        ("::/0", "192.0.2.1", false),
+        ("::ffff:0:0/96", "192.0.2.1", true),
+        ("::ffff:0:0/96", "2001:db8::1", false),
+        ("::ffff:10.0.0.1", "10.0.0.1", true),
+        ("::ffff:10.0.0.1", "10.0.0.2", false),
+        ("10.0.0.0/8", "64:ff9b::10.0.0.1", false),
+        ("10.0.0.0/8", "::10.0.0.1", false),
+        ("10.1.2.3/8", "10.3.2.1", true),
     ] {
         let client = ClientIp::new().trust(network).unwrap();
         let expected = if inside { "203.0.113.7" } else { peer };

@@ -21,8 +21,8 @@ use std::{
 /// `into_make_service_with_connect_info`), tonic's `TcpConnectInfo` (feature `tonic`, not behind TLS), or a [`SocketAddr`] or [`IpAddr`] that
 /// you have put there. Without one a request has no key.
 ///
-/// IPv4 addresses count whole, also if written as IPv6; of IPv6 addresses the first 64 bits, see
-/// [`ipv6_prefix`](Self::ipv6_prefix): a client has that many addresses to choose from.
+/// IPv4 addresses count whole, also if written as IPv6 (mapped, or by a translator as `64:ff9b::/96`); of IPv6 addresses the first
+/// 64 bits, see [`ipv6_prefix`](Self::ipv6_prefix): a client has that many addresses to choose from.
 ///
 /// ```
 /// use http::Request;
@@ -130,6 +130,15 @@ fn fold(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(address, IpAddr::V4),
         IpAddr::V4(_) => address,
+    }
+}
+
+/// The IPv4 address that a translator has written as one of its well-known network, `64:ff9b::/96` (RFC 6052). It is the client's
+/// key, but not trusted for it: a network of IPv4 proxies is one of those who are reached by IPv4.
+fn translated(address: Ipv6Addr) -> Option<Ipv4Addr> {
+    match address.segments() {
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low))),
+        _ => None,
     }
 }
 
@@ -346,7 +355,10 @@ impl<B> Key<Request<B>> for ClientIp {
         };
         match client {
             IpAddr::V4(address) => address.hash(hasher),
-            IpAddr::V6(address) => first_bits(address, self.ipv6_prefix).hash(hasher),
+            IpAddr::V6(address) => match translated(address) {
+                Some(address) => address.hash(hasher),
+                None => first_bits(address, self.ipv6_prefix).hash(hasher),
+            },
         }
         true
     }
