@@ -8,7 +8,7 @@ use portcullis::{
 use std::{
     io,
     sync::{
-        Arc, Mutex,
+        Arc, Barrier, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -318,6 +318,46 @@ fn two_threads_that_ask_for_a_new_key_get_one_breaker_and_no_failure_is_lost() {
         }
     });
     assert_eq!(set.get(&7).status().failure_count, 4_000);
+}
+
+#[test]
+fn threads_that_bring_a_new_key_at_once_share_its_breaker() {
+    const ROUNDS: u32 = 3_000;
+    let clock = Clock::manual();
+    let set = keyed_with(&clock, 10_000, config().failure_threshold(u32::MAX));
+    let meeting = Barrier::new(2);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                for key in 0..ROUNDS {
+                    meeting.wait();
+                    end(&set, key, Outcome::Failure);
+                }
+            });
+        }
+    });
+    for key in 0..ROUNDS {
+        assert_eq!(set.get(&key).status().failure_count, 2, "of key {key}");
+    }
+    assert_eq!(set.status().tracked, 3_000);
+}
+
+#[test]
+fn a_listener_may_use_the_set_it_listens_to() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 1);
+    let own = set.clone();
+    set.on_event(move |event| {
+        if let EventKind::Transition { to: State::Open, .. } = event.kind {
+            end(&own, 2, Outcome::Ignored);
+            assert_eq!((own.status().open, own.status().overflowed), (1, 1));
+            own.get(&1).reset();
+            end(&own, 3, Outcome::Ignored);
+        }
+    });
+    end(&set, 1, Outcome::Failure);
+    end(&set, 1, Outcome::Failure);
+    assert_eq!((set.status().open, set.status().tracked), (0, 1));
 }
 
 #[test]

@@ -9,7 +9,10 @@ use portcullis::{
 use proptest::prelude::*;
 use std::{
     collections::HashMap,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc, Barrier,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 use tower::{Layer, Service, ServiceExt, service_fn};
@@ -134,6 +137,23 @@ fn only_a_key_that_has_its_whole_quota_makes_room() {
 }
 
 #[test]
+fn a_new_key_looks_at_so_many_that_are_in_use_and_the_next_at_others() {
+    let (limiter, clock) = keyed(TokenBucket::new(1, MINUTE), 301);
+    let busy = || (0..300_u64).for_each(|key| drop(limiter.try_acquire(&key).unwrap()));
+    busy();
+    clock.advance(Duration::from_secs(1));
+    limiter.try_acquire("idle").unwrap();
+    clock.advance(MINUTE);
+    busy();
+    limiter.try_acquire("new").expect("the overflow's");
+    let status = keys(&limiter);
+    assert_eq!((status.evicted, status.overflow_requests), (0, 1), "256 were in use");
+    limiter.try_acquire("newer").expect("its own");
+    let status = keys(&limiter);
+    assert_eq!((status.evicted, status.overflow_requests), (1, 1), "44 were in use");
+}
+
+#[test]
 fn a_key_that_goes_on_calling_keeps_its_place() {
     let (limiter, clock) = keyed(TokenBucket::new(3, MINUTE), 3);
     for key in 0..3_u64 {
@@ -201,6 +221,47 @@ fn two_threads_get_no_more_of_a_key_than_it_has() {
             "{name}: every call is counted once"
         );
     }
+}
+
+#[test]
+fn threads_that_bring_a_new_key_at_once_share_its_quota() {
+    const ROUNDS: u64 = 3_000;
+    for (name, algorithm) in algorithms() {
+        let (limiter, _) = keyed(algorithm, 10_000);
+        let (admitted, meeting) = (AtomicU32::new(0), Barrier::new(2));
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for key in 0..ROUNDS {
+                        meeting.wait();
+                        for _ in 0..3 {
+                            let taken = limiter.try_acquire(&key).is_ok();
+                            admitted.fetch_add(u32::from(taken), Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(u64::from(admitted.into_inner()), 3 * ROUNDS, "{name}");
+        assert_eq!(keys(&limiter).tracked as u64, ROUNDS, "{name}");
+    }
+}
+
+#[test]
+fn a_listener_may_use_the_limit_it_listens_to() {
+    let (limiter, _) = keyed(TokenBucket::new(1, MINUTE), 1);
+    let (own, heard) = (limiter.clone(), Arc::new(AtomicU32::new(0)));
+    let times = heard.clone();
+    limiter.on_event(move |_| {
+        if times.fetch_add(1, Ordering::Relaxed) == 0 {
+            own.try_acquire("b").expect("the overflow's");
+            own.try_acquire("b").unwrap_err();
+            assert_eq!(own.status().rejected_requests, 2);
+        }
+    });
+    limiter.try_acquire("a").unwrap();
+    limiter.try_acquire("a").unwrap_err();
+    assert_eq!(heard.load(Ordering::Relaxed), 2);
 }
 
 #[test]
