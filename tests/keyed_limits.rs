@@ -597,6 +597,13 @@ fn in_a_pair_the_refusals_of_the_keyless_and_of_the_overflow_are_counted_as_such
         assert_eq!(keys.missing_key_requests, 3, "paired: {paired}");
         assert_eq!(keys.overflow_requests, 3, "paired: {paired}");
         assert_eq!(limiter.status().rejected_requests, 4, "paired: {paired}");
+        let all = all.status();
+        let spent = if paired { 3 } else { 0 };
+        assert_eq!(
+            (all.accepted_requests, all.returned_requests),
+            (spent, 0),
+            "a refusal takes nothing, not even for a moment"
+        );
     }
 }
 
