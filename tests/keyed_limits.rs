@@ -224,6 +224,44 @@ fn two_threads_get_no_more_of_a_key_than_it_has() {
 }
 
 #[test]
+fn while_a_key_makes_room_threads_get_no_more_than_the_place_has() {
+    const ROUNDS: u64 = 3_000;
+    for (name, algorithm) in algorithms() {
+        let (limiter, clock) = keyed(algorithm, 1);
+        let (admitted, most, meeting) = (AtomicU32::new(0), AtomicU32::new(0), Barrier::new(3));
+        std::thread::scope(|scope| {
+            for thread in 0..3 {
+                let (limiter, clock, admitted, most, meeting) = (&limiter, &clock, &admitted, &most, &meeting);
+                scope.spawn(move || {
+                    for round in 1..=ROUNDS {
+                        if meeting.wait().is_leader() {
+                            most.fetch_max(admitted.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+                            clock.advance(MINUTE);
+                            drop(limiter.try_acquire(&0_u64));
+                            clock.advance(MINUTE);
+                        }
+                        meeting.wait();
+                        // One brings a new key while the others use the one that may go.
+                        let key = if thread == 0 { round } else { 0 };
+                        for _ in 0..3 {
+                            let taken = limiter.try_acquire(&key).is_ok();
+                            admitted.fetch_add(u32::from(taken), Ordering::Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        assert!(keys(&limiter).evicted > 0, "{name}");
+        let most = most.into_inner();
+        assert_eq!(
+            most,
+            3 + 3,
+            "{name}: the place and the overflow, as nobody who has used anything makes room"
+        );
+    }
+}
+
+#[test]
 fn threads_that_bring_a_new_key_at_once_share_its_quota() {
     const ROUNDS: u64 = 3_000;
     for (name, algorithm) in algorithms() {
