@@ -160,6 +160,19 @@ fn a_chain_as_long_as_a_header_may_be_is_looked_at_only_so_far() {
         Some(ip("10.0.0.2")),
         "a chain of so many proxies is nobody's"
     );
+    let mut lines = vec![("x-forwarded-for", "10.0.0.2"); 5_000];
+    lines[0].1 = "203.0.113.7";
+    assert_eq!(
+        behind_proxies().of(&request("10.0.0.1", &lines)),
+        Some(ip("10.0.0.2")),
+        "as many lines"
+    );
+    let quotes = format!("{}, for=203.0.113.7", "\"\\".repeat(5_000));
+    let client = behind_proxies().forwarded(Forwarded::Rfc7239);
+    assert_eq!(
+        client.of(&request("10.0.0.1", &[("forwarded", &quotes)])),
+        Some(ip("203.0.113.7"))
+    );
     let one = "9".repeat(10_000);
     assert_eq!(
         behind_proxies().of(&request("10.0.0.1", &[("x-forwarded-for", &one)])),

@@ -220,7 +220,10 @@ async fn where_axums_route_catches_all_the_path_tells_more() {
     let outside = router().nest("/v2", router()).layer(layer.clone());
     let inside = router().layer(layer.clone());
     let inside = inside.clone().nest("/v2/", inside);
-    for app in [outside, inside] {
+    let service = router().nest_service("/v2", router()).layer(layer.clone());
+    let in_service = router().layer(layer.clone());
+    let in_service = in_service.clone().nest_service("/v2", in_service);
+    for app in [outside, inside, service, in_service] {
         let met = async |paths: &[&'static str]| met(&limits, &app, &requests(paths)).await;
         assert_eq!(met(&["/shop.Orders/Place", "/shop.Orders/Place?x"]).await, [2, 0, 0]);
         assert_eq!(met(&["/v2/shop.Orders/Place"]).await, [1, 0, 0]);
