@@ -564,6 +564,39 @@ fn such_a_guard_is_send_and_sync_and_its_policy_is_one_for_any_request() {
     check_guard(&guard(&breaker));
 }
 
+#[cfg(feature = "http")]
+#[test]
+fn the_end_of_a_probes_stream_wakes_a_waiter_and_its_head_does_not() {
+    use http::{Request, Response};
+    use http_body_util::{BodyExt, Full};
+    for dropped in [false, true] {
+        let clock = Clock::manual();
+        let breaker = breaker(&clock);
+        trip(&breaker);
+        clock.advance(OPEN);
+        let layer = CircuitBreakerLayer::http(breaker.clone()).not_ready();
+        let inner =
+            service_fn(async |_: Request<()>| Ok::<_, io::Error>(Response::new(Full::<bytes::Bytes>::from("hi"))));
+        let (mut probe, mut other) = (layer.layer(inner), layer.layer(inner));
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(woken.clone());
+        let cx = &mut Context::from_waker(&waker);
+        assert!(probe.poll_ready(cx).is_ready() && other.poll_ready(cx).is_pending());
+        let answer = tokio_test::block_on(probe.call(Request::new(()))).unwrap();
+        assert!(other.poll_ready(cx).is_pending(), "the stream runs");
+        assert_eq!(woken.0.load(Ordering::SeqCst), 0);
+        if dropped {
+            drop(answer);
+        } else {
+            tokio_test::block_on(answer.into_body().collect()).unwrap();
+        }
+        assert_eq!(woken.0.load(Ordering::SeqCst), 1, "dropped: {dropped}");
+        assert!(other.poll_ready(cx).is_ready());
+        let state = if dropped { State::HalfOpen } else { State::Closed };
+        assert_eq!(breaker.state(), state, "dropped: {dropped}");
+    }
+}
+
 // ---- Threads ---------------------------------------------------------------------------------------------------------------
 
 struct Unpark(Thread);
@@ -575,7 +608,7 @@ impl Wake for Unpark {
 }
 
 /// Blocks until the guard is ready; a wake-up that is lost blocks for ever.
-fn wait(guard: &mut Guard<Inner, NotReady>) {
+fn wait(guard: &mut impl Service<u32>) {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     while guard.poll_ready(&mut Context::from_waker(&waker)).is_pending() {
         thread::park();
@@ -631,6 +664,81 @@ fn two_threads_hear_of_every_reset() {
             rounds.wait();
         }
     });
+}
+
+/// A reproducible source of randomness (xorshift).
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % sides
+    }
+}
+
+#[test]
+fn threads_that_wait_call_give_up_and_pass_their_guards_on_lose_no_wake_up() {
+    const SEED: u64 = 0x5EED_0F0A_CEA5_E1E5;
+    const TURNS: usize = 3_000;
+    let clock = Clock::manual();
+    let breaker = breaker(&clock);
+    breaker.reconfigure(config().half_open_max_calls(2)).unwrap();
+    trip(&breaker);
+    // The clock stands still from here, and the circuit stays half-open: no timer helps who was not woken.
+    clock.advance(OPEN);
+    let layer = CircuitBreakerLayer::new(breaker.clone())
+        .classify(|_: &io::Result<u32>| Outcome::Ignored)
+        .not_ready();
+    let guard = || layer.layer(inner());
+    let (busy, passed_on) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        for task in 1..=4 {
+            let (guard, busy, passed_on) = (&guard, &busy, &passed_on);
+            scope.spawn(move || {
+                let waker = Waker::from(Arc::new(Unpark(thread::current())));
+                let cx = &mut Context::from_waker(&waker);
+                let mut dice = Dice(SEED ^ task);
+                let mut own = guard();
+                for _ in 0..TURNS {
+                    match dice.roll(6) {
+                        // Gives up, perhaps with a wake-up that was meant for it, perhaps with a slot.
+                        0 => {
+                            let _ = own.poll_ready(cx);
+                            own = guard();
+                        }
+                        // Passes its guard on while it waits or is ready, and takes one over from another thread.
+                        1 => {
+                            let _ = own.poll_ready(cx);
+                            let mut passed_on = passed_on.lock().unwrap();
+                            let other = passed_on.pop().unwrap_or_else(guard);
+                            passed_on.push(std::mem::replace(&mut own, other));
+                        }
+                        how => {
+                            // Else slots might lie there for which nobody works.
+                            passed_on.lock().unwrap().clear();
+                            wait(&mut own);
+                            assert!(busy.fetch_add(1, Ordering::SeqCst) < 2, "seed {SEED:#x}: two slots");
+                            busy.fetch_sub(1, Ordering::SeqCst);
+                            match how {
+                                2 => own = guard(),
+                                3 => drop(own.call(1)),
+                                _ => assert_eq!(tokio_test::block_on(own.call(1)).unwrap(), 2),
+                            }
+                        }
+                    }
+                }
+                passed_on.lock().unwrap().clear();
+            });
+        }
+    });
+    let status = breaker.status();
+    assert_eq!(
+        (status.state, status.probes_in_flight, status.metrics.rejected_requests),
+        (State::HalfOpen, 0, 0),
+        "seed {SEED:#x}"
+    );
 }
 
 // ---- tokio's time, and tower's middleware ----------------------------------------------------------------------------------
