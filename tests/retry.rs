@@ -181,6 +181,37 @@ fn no_request_is_retried_more_often_than_it_may_be() {
 }
 
 #[test]
+fn a_request_is_cloned_for_each_attempt_but_the_last() {
+    #[derive(Debug)]
+    struct Counted(Arc<AtomicUsize>);
+    impl Clone for Counted {
+        fn clone(&self) -> Self {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Self(self.0.clone())
+        }
+    }
+    let clock = Clock::manual();
+    for most in [0_u32, 1, 3] {
+        let (clones, attempts) = (Arc::<AtomicUsize>::default(), AtomicUsize::new(0));
+        let policy = RetryRejected::new(budget(&clock, 9))
+            .clock(&clock)
+            .max_retries(most)
+            .backoff(Duration::ZERO)
+            .retry_if(|_: &Result<(), BoxError>| true);
+        let service = RetryLayer::new(policy).layer(service_fn(|_: Counted| {
+            attempts.fetch_add(1, Ordering::SeqCst);
+            async { Err::<(), BoxError>("down".into()) }
+        }));
+        assert_ready!(task::spawn(service.oneshot(Counted(clones.clone()))).poll()).unwrap_err();
+        let most = usize::try_from(most).unwrap();
+        assert_eq!(
+            (attempts.load(Ordering::SeqCst), clones.load(Ordering::SeqCst)),
+            (most + 1, most)
+        );
+    }
+}
+
+#[test]
 fn a_crowd_before_an_open_circuit_retries_no_more_than_its_budget() {
     let clock = Clock::manual();
     let breaker = open(&clock);
