@@ -1,7 +1,12 @@
 //! Real servers and clients on loopback: axum, hyper and tonic, HTTP/1.1 and HTTP/2.
 #![cfg(feature = "http")]
 
-use axum::{Router, body::Body, routing::get};
+use axum::{
+    Router,
+    body::Body,
+    middleware::{Next, from_fn},
+    routing::get,
+};
 use bytes::Bytes;
 use futures_util::{StreamExt, future::join_all, stream};
 use http::{Request, StatusCode};
@@ -21,11 +26,14 @@ use std::{
     future::IntoFuture,
     io,
     net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::Barrier,
+    task::JoinError,
 };
 use tonic::{Code, transport::Endpoint};
 use tonic_health::{
@@ -80,14 +88,7 @@ async fn flood(server: SocketAddr) -> (usize, usize) {
         driver.abort();
         statuses
     });
-    let statuses: Vec<_> = join_all(connections.map(tokio::spawn))
-        .await
-        .into_iter()
-        .flat_map(Result::unwrap)
-        .collect();
-    let count = |status| statuses.iter().filter(|it| **it == status).count();
-    assert_eq!(statuses.len(), 1_500);
-    (count(StatusCode::OK), count(StatusCode::TOO_MANY_REQUESTS))
+    tally(join_all(connections.map(tokio::spawn)).await)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -103,6 +104,64 @@ async fn of_1500_requests_over_32_connections_exactly_the_quota_passes_in_axum()
         let status = limiter.status();
         assert_eq!((status.accepted_requests, status.rejected_requests), (100, 1_400));
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn of_1500_requests_that_32_http2_connections_carry_at_once_exactly_the_quota_passes_in_axum() {
+    for limiter in [
+        limiter(TokenBucket::new(100, HOUR)),
+        limiter(SlidingWindow::new(100, HOUR)),
+    ] {
+        // Nobody is answered before all are there: 1,500 at once, which no limit of a connection hinders.
+        let there = Arc::new(Barrier::new(1_500));
+        let gather = from_fn(move |request: Request<Body>, next: Next| {
+            let there = there.clone();
+            async move {
+                there.wait().await;
+                next.run(request).await
+            }
+        });
+        let app = Router::new()
+            .route("/", get(async || "ok"))
+            .layer(RateLimitLayer::http(limiter.clone()))
+            .layer(gather);
+        assert_eq!(flood_http2(serve(app).await).await, (100, 1_400));
+        let status = limiter.status();
+        assert_eq!((status.accepted_requests, status.rejected_requests), (100, 1_400));
+    }
+}
+
+/// The same over HTTP/2, where each connection carries its share at once.
+async fn flood_http2(server: SocketAddr) -> (usize, usize) {
+    let connections = (0..32).map(|connection| async move {
+        let stream = TcpStream::connect(server).await.unwrap();
+        let (sender, connected) = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .unwrap();
+        let driver = tokio::spawn(connected);
+        let share = 1_500 / 32 + usize::from(connection < 1_500 % 32);
+        let calls = (0..share).map(|_| {
+            let mut sender = sender.clone();
+            async move {
+                let request = Request::get("http://test/").body(Empty::<Bytes>::new()).unwrap();
+                let answer = sender.send_request(request).await.unwrap();
+                let status = answer.status();
+                answer.into_body().collect().await.unwrap();
+                status
+            }
+        });
+        let statuses = join_all(calls).await;
+        driver.abort();
+        statuses
+    });
+    tally(join_all(connections.map(tokio::spawn)).await)
+}
+
+fn tally(statuses: Vec<Result<Vec<StatusCode>, JoinError>>) -> (usize, usize) {
+    let statuses: Vec<_> = statuses.into_iter().flat_map(Result::unwrap).collect();
+    let count = |status| statuses.iter().filter(|it| **it == status).count();
+    assert_eq!(statuses.len(), 1_500);
+    (count(StatusCode::OK), count(StatusCode::TOO_MANY_REQUESTS))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
