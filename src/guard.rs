@@ -1,7 +1,7 @@
 //! The one tower service of this crate: a [`Guard`] asks its policy, and its [`GuardLayer`] is what users configure.
 
 use crate::{
-    breaker::CircuitBreaker,
+    breaker::{CircuitBreaker, nobody},
     classify::{ByError, ByResult, Classify, ErrorsAreFailures},
     clock::Reading,
     limit::RateLimiter,
@@ -15,7 +15,7 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    task::{Context, Poll, Waker, ready},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 use tower_layer::Layer;
@@ -420,11 +420,7 @@ where
     fn call(&mut self, request: Req) -> Self::Future {
         let layer = &self.layer;
         let now = Reading::new();
-        let reserve = || {
-            layer
-                .policy
-                .reserve(None, &now, &mut Context::from_waker(Waker::noop()))
-        };
+        let reserve = || layer.policy.reserve(None, &now, &mut Context::from_waker(nobody()));
         let reserved = match std::mem::replace(&mut self.ready, Ready::No) {
             // Called unready, which tower forbids: the inner service will say so, but the policy holds.
             Ready::Yes(reserved) | Ready::Reserving(reserved) => Ok(reserved),

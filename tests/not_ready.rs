@@ -1,9 +1,10 @@
 //! What a breaker promises that is not ready while it refuses: who waits, what wakes them, and that nothing is left behind.
 
+use futures_util::FutureExt;
 use portcullis::{
     CircuitBreaker, CircuitBreakerConfig, CircuitBreakerLayer, Clock, Guard, GuardLayer, ManualClock, Outcome,
     RateLimiter, Reason, Rejected, SlidingWindow, State,
-    policy::{NotReady, Policy},
+    policy::{self, NotReady, Policy},
 };
 use std::{
     io,
@@ -384,30 +385,38 @@ impl Wake for Owner {
 #[test]
 fn a_waker_may_drop_another_waiter_when_it_is_woken_replaced_or_dropped() {
     let clock = Clock::manual();
-    let breaker = breaker(&clock);
-    trip(&breaker);
-    let owned = || {
-        let mut waiter = Waiter::new(&breaker);
-        assert!(!waiter.poll());
-        let woken = waiter.woken.clone();
-        (Waker::from(Arc::new(Owner(Mutex::new(Some(waiter))))), woken)
-    };
-    let (waker, replaced) = owned();
-    let mut outer = guard(&breaker);
-    assert!(outer.poll_ready(&mut Context::from_waker(&waker)).is_pending());
-    drop(waker);
-    let (waker, dropped) = owned();
-    assert!(outer.poll_ready(&mut Context::from_waker(&waker)).is_pending());
-    assert_eq!(Arc::strong_count(&replaced), 1, "went with its waker");
-    drop(waker);
-    drop(outer);
-    assert_eq!(Arc::strong_count(&dropped), 1);
+    // Forced open no timer runs, and the list holds the last reference to the waker.
+    for forced in [false, true] {
+        let breaker = breaker(&clock);
+        if forced {
+            breaker.force_open();
+        } else {
+            trip(&breaker);
+        }
+        let owned = || {
+            let mut waiter = Waiter::new(&breaker);
+            assert!(!waiter.poll());
+            let woken = waiter.woken.clone();
+            (Waker::from(Arc::new(Owner(Mutex::new(Some(waiter))))), woken)
+        };
+        let (waker, replaced) = owned();
+        let mut outer = guard(&breaker);
+        assert!(outer.poll_ready(&mut Context::from_waker(&waker)).is_pending());
+        drop(waker);
+        let (waker, dropped) = owned();
+        assert!(outer.poll_ready(&mut Context::from_waker(&waker)).is_pending());
+        assert_eq!(Arc::strong_count(&replaced), 1, "went with its waker");
+        drop(waker);
+        drop(outer);
+        assert_eq!(Arc::strong_count(&dropped), 1);
 
-    let (waker, woken) = owned();
-    let mut outer = guard(&breaker);
-    assert!(outer.poll_ready(&mut Context::from_waker(&waker)).is_pending());
-    breaker.reset();
-    assert_eq!(Arc::strong_count(&woken), 1);
+        let (waker, woken) = owned();
+        let mut outer = guard(&breaker);
+        assert!(outer.poll_ready(&mut Context::from_waker(&waker)).is_pending());
+        drop(waker);
+        breaker.reset();
+        assert_eq!(Arc::strong_count(&woken), 1);
+    }
 }
 
 #[test]
@@ -453,6 +462,19 @@ fn a_call_without_asking_is_rejected_and_counted_once() {
 }
 
 #[test]
+fn a_call_without_asking_needs_no_runtime() {
+    let breaker = breaker(Clock::system());
+    trip(&breaker);
+    let call = guard(&breaker).call(1).now_or_never();
+    assert_eq!(rejected(call.expect("nobody waits")).reason, Reason::Open);
+    // Nor does a breaker that is picked for each request, and so is never asked before.
+    let not_ready = NotReady::new(breaker);
+    let picked = policy::select(move |_: &u32| Some(not_ready.clone()));
+    let call = GuardLayer::new(picked).layer(inner()).oneshot(1).now_or_never();
+    assert_eq!(rejected(call.expect("nobody waits")).reason, Reason::Open);
+}
+
+#[test]
 fn a_call_that_was_promised_nothing_is_rejected_when_the_circuit_opened_meanwhile() {
     let clock = Clock::manual();
     let breaker = breaker(&clock);
@@ -477,6 +499,29 @@ fn a_readied_guard_that_is_asked_again_after_a_trip_waits() {
     assert!(waiter.poll());
     assert_eq!(tokio_test::block_on(waiter.guard.call(1)).unwrap(), 2);
     assert_eq!(breaker.state(), State::Closed);
+}
+
+#[test]
+fn a_readied_guard_whose_probe_is_overtaken_by_another_trip_waits_and_holds_no_slot() {
+    let clock = Clock::manual();
+    let breaker = breaker(&clock);
+    let config = config().half_open_max_calls(2).probe_lease(OPEN * 10);
+    breaker.reconfigure(config).unwrap();
+    trip(&breaker);
+    clock.advance(OPEN);
+    let (mut asked, mut called) = (Waiter::new(&breaker), Waiter::new(&breaker));
+    assert!(asked.poll());
+    breaker.try_acquire().unwrap().settle(Outcome::Failure);
+    assert!(!asked.poll());
+    assert_eq!(breaker.status().probes_in_flight, 0);
+    clock.advance(OPEN);
+    assert_eq!(asked.woken(), 1);
+
+    assert!(called.poll());
+    breaker.try_acquire().unwrap().settle(Outcome::Failure);
+    let why = rejected(tokio_test::block_on(called.guard.call(1)));
+    assert_eq!((why.reason, why.retry_after), (Reason::Open, Some(OPEN)));
+    assert_eq!(breaker.status().probes_in_flight, 0);
 }
 
 #[test]
@@ -516,6 +561,18 @@ fn in_a_pair_the_other_policy_still_rejects_and_the_pair_waits() {
     assert!(guard.poll_ready(cx).is_ready());
     assert_eq!(rejected(tokio_test::block_on(guard.call(1))).reason, Reason::OverLimit);
     assert_eq!(limiter.status().rejected.over_limit, 1);
+
+    // Called all the same, as tower forbids: the breaker refuses, and counts it.
+    clock.advance(Duration::from_secs(60));
+    breaker.force_open();
+    assert!(guard.poll_ready(cx).is_pending());
+    assert_eq!(rejected(tokio_test::block_on(guard.call(1))).reason, Reason::ForcedOpen);
+    let rejections = (
+        breaker.status().metrics.rejected_requests,
+        limiter.status().rejected_requests,
+    );
+    assert_eq!(rejections, (1, 1));
+    breaker.reset();
 
     let mut two = GuardLayer::new((NotReady::new(breaker.clone()), NotReady::new(breaker.clone()))).layer(inner());
     breaker.force_open();

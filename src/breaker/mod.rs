@@ -29,7 +29,7 @@ pub use config::{Backoff, CircuitBreakerConfig, Window};
 pub use keyed::{KeyedCircuitBreaker, KeyedCircuitBreakerBuilder, KeyedCircuitBreakerStatus};
 pub use permit::CircuitBreakerPermit;
 pub(crate) use permit::Reservation;
-pub(crate) use standby::Standby;
+pub(crate) use standby::{Standby, nobody};
 pub use status::{CircuitBreakerMetrics, CircuitBreakerStatus, RejectedByCircuit, WindowStatus};
 
 use crate::{

@@ -1,11 +1,8 @@
 //! Policies that are picked by the request.
 
 use super::{Admit, Gate, Never, Policy, Readiness, Reading};
-use crate::rejected::Rejected;
-use std::{
-    fmt,
-    task::{Context, Waker},
-};
+use crate::{breaker::nobody, rejected::Rejected};
+use std::{fmt, task::Context};
 
 /// The policy that a closure picks for each request; none, and the request is admitted.
 ///
@@ -79,7 +76,7 @@ where
 
 /// What a policy needs that had no `poll_ready`. One that is not ready is asked as it is: nobody would be woken.
 fn reserve<P: Gate>(policy: &P, now: &Reading) -> Result<P::Reserved, Rejected> {
-    match policy.reserve(None, now, &mut Context::from_waker(Waker::noop())) {
+    match policy.reserve(None, now, &mut Context::from_waker(nobody())) {
         Readiness::Ready(reserved) | Readiness::Pending(reserved) => Ok(reserved),
         Readiness::Rejected(why) => Err(why),
     }
