@@ -534,6 +534,48 @@ fn a_circuit_that_opens_between_ready_and_call_rejects_the_call() {
 }
 
 #[test]
+fn a_probe_that_was_reserved_before_the_circuit_opened_again_is_rejected_and_gives_its_slot_back() {
+    let clock = Clock::manual();
+    let (breaker, world) = (open(&clock), Arc::new(World::default()));
+    let config = breaker.config().half_open_max_calls(2).probe_lease(OPEN * 10);
+    breaker.reconfigure(config).unwrap();
+    clock.advance(OPEN);
+    let layer = CircuitBreakerLayer::new(breaker.clone());
+    let (mut called, mut asked) = (layer.layer(echo(&world)), layer.layer(echo(&world)));
+    assert!(poll_ready(&mut called).is_ready());
+    breaker.try_acquire().unwrap().settle(Outcome::Failure);
+    assert_eq!((breaker.state(), probes(&breaker)), (State::Open, 1));
+    let why = rejection(called.call(1).now_or_never().unwrap());
+    assert_eq!((why.reason, why.retry_after), (Reason::Open, Some(OPEN)));
+    assert_eq!((world.calls(), probes(&breaker)), (0, 0));
+
+    clock.advance(OPEN);
+    assert!(poll_ready(&mut asked).is_ready());
+    breaker.try_acquire().unwrap().settle(Outcome::Failure);
+    assert!(poll_ready(&mut asked).is_ready(), "ready to reject");
+    assert_eq!(probes(&breaker), 0, "and it holds nothing");
+    assert_eq!(rejection(asked.call(1).now_or_never().unwrap()).reason, Reason::Open);
+    assert_eq!(world.calls(), 0);
+}
+
+#[test]
+fn the_time_that_a_readied_guard_waits_for_its_call_does_not_make_the_call_slow() {
+    let clock = Clock::manual();
+    let (breaker, world) = (open(&clock), Arc::new(World::default()));
+    let second = Duration::from_secs(1);
+    breaker.reconfigure(breaker.config().slow_calls(1.0, second)).unwrap();
+    clock.advance(OPEN);
+    let mut guard = CircuitBreakerLayer::new(breaker.clone()).layer(echo(&world));
+    assert!(poll_ready(&mut guard).is_ready());
+    clock.advance(second);
+    assert_eq!(guard.call(1).now_or_never().unwrap().unwrap(), 1);
+    assert_eq!(
+        (breaker.state(), breaker.status().metrics.slow_requests),
+        (State::Closed, 0)
+    );
+}
+
+#[test]
 fn a_circuit_that_closes_between_ready_and_call_admits_the_call() {
     let clock = Clock::manual();
     let (breaker, world) = (half_open(&clock), Arc::new(World::default()));
