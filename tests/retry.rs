@@ -322,6 +322,40 @@ fn a_closure_has_more_retried_after_waits_that_double_under_the_same_budget_and_
 }
 
 #[test]
+fn waits_without_a_time_are_shortened_at_random() {
+    let clock = Clock::manual();
+    let (service, _) = failing();
+    let policy = RetryRejected::new(budget(&clock, 64))
+        .clock(&clock)
+        .backoff(SECOND)
+        .retry_if(|_: &Result<u32, BoxError>| true);
+    let service = RetryLayer::new(policy).layer(service);
+    let mut calls: Vec<_> = (0..64).map(|n| task::spawn(service.clone().oneshot(n))).collect();
+    for call in &mut calls {
+        assert_pending!(call.poll());
+    }
+    clock.advance(SECOND * 3 / 4);
+    let woken = calls.iter().filter(|call| call.is_woken()).count();
+    // Each by the toss of a coin: that all fall alike happens once in 2^63 runs.
+    assert!((1..64).contains(&woken), "{woken} of 64 at three quarters of the wait");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_beyond_the_reach_of_the_timer_lasts_as_long_as_it_was_told() {
+    let days = Duration::from_secs(86_400) * 1_000;
+    let (service, calls) = failing();
+    let policy = RetryRejected::new(budget(Clock::system(), 9))
+        .max_retries(1)
+        .max_wait(days)
+        .retry_if(move |_: &Result<u32, BoxError>| Some(days));
+    let clock = Clock::system();
+    let begun = clock.now();
+    RetryLayer::new(policy).layer(service).oneshot(1).await.unwrap_err();
+    assert_eq!(calls.load(Ordering::SeqCst), 2);
+    assert!(clock.now().duration_since(begun) >= days);
+}
+
+#[test]
 fn a_closure_may_say_how_long_to_wait() {
     let clock = Clock::manual();
     let (service, calls) = failing();
@@ -442,6 +476,28 @@ fn a_budget_of_ones_own_is_paid_into_by_what_succeeds_and_out_of_by_retries() {
     assert_ready!(paid.poll()).unwrap();
     assert_ready!(task::spawn(service.oneshot(1)).poll()).unwrap();
     assert_eq!(PURSE.deposits.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn neither_a_failure_nor_a_success_that_is_retried_is_paid_in() {
+    static PURSE: Purse = Purse {
+        deposits: AtomicUsize::new(0),
+        left: AtomicUsize::new(1),
+    };
+    let clock = Clock::manual();
+    let policy = RetryRejected::new(&PURSE).clock(&clock).backoff(Duration::ZERO);
+    let (down, calls) = failing();
+    assert_ready!(task::spawn(RetryLayer::new(policy.clone()).layer(down).oneshot(1)).poll()).unwrap_err();
+    assert_eq!(
+        (calls.load(Ordering::SeqCst), PURSE.deposits.load(Ordering::SeqCst)),
+        (1, 0)
+    );
+
+    let unfinished = policy.retry_if(|result: &io::Result<u32>| result.as_ref().is_ok_and(|answer| *answer == 2));
+    let service = RetryLayer::new(unfinished).layer(service_fn(plus_one));
+    assert_eq!(assert_ready!(task::spawn(service.oneshot(1)).poll()).unwrap(), 2);
+    assert_eq!(PURSE.left.load(Ordering::SeqCst), 0, "retried once");
+    assert_eq!(PURSE.deposits.load(Ordering::SeqCst), 0);
 }
 
 #[tokio::test(start_paused = true)]
