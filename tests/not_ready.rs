@@ -834,6 +834,28 @@ async fn the_timer_of_tokio_readies_a_waiter_at_probe_time_without_spinning() {
     assert_eq!(breaker.state(), State::Closed);
 }
 
+#[test]
+fn a_waiter_that_outlives_its_runtime_goes_on_waiting_in_another() {
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap()
+    };
+    for idle in [false, true] {
+        let breaker = breaker(Clock::system());
+        trip(&breaker);
+        let mut guard = guard(&breaker);
+        let first = runtime();
+        first.block_on(async { assert!(guard.ready().now_or_never().is_none()) });
+        // Shut down, or there and driven by nobody.
+        let _idle = idle.then_some(first);
+        let answer = runtime().block_on(async { guard.ready().await.unwrap().call(1).await });
+        assert_eq!(answer.unwrap(), 2, "idle: {idle}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_balancer_spares_an_endpoint_whose_circuit_is_open_probes_it_and_sends_it_traffic_again() {
     let broken = Arc::new(AtomicBool::new(true));

@@ -4,7 +4,7 @@
 //! they look, and those who find no room come back. That time passes changes nothing, so each brings a timer of its own.
 
 use super::{CircuitBreaker, Core, Reservation};
-use crate::clock::{Reading, Sleep, Timestamp};
+use crate::clock::{Reading, Sleep};
 use std::{
     collections::BTreeMap,
     fmt,
@@ -129,16 +129,11 @@ impl fmt::Debug for Standby {
     }
 }
 
+/// Held for its drop.
 struct Wait {
-    /// Held for its drop.
     _place: Place,
-    timer: Option<Timer>,
-}
-
-/// Boxed: a readied service may be moved, and few wait.
-struct Timer {
-    due: Timestamp,
-    sleep: Pin<Box<Sleep>>,
+    /// Boxed: a readied service may be moved, and few wait.
+    _timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl CircuitBreaker {
@@ -151,7 +146,7 @@ impl CircuitBreaker {
     ) -> Result<Standby, Standby> {
         let Standby { reservation, wait } = held.unwrap_or_default();
         // Off the list while it looks: what it finds is no news to itself.
-        let timer = wait.and_then(|wait| wait.timer);
+        drop(wait);
         if let Ok(reservation) = self.reserve(Some(reservation), now) {
             return Ok(Standby::ready(reservation));
         }
@@ -159,11 +154,13 @@ impl CircuitBreaker {
         if cx.waker().data() == nobody().data() {
             return Err(Standby::default());
         }
-        self.wait(timer, cx)
+        self.wait(cx)
     }
 
     /// Joins those who wait and looks once more; again when its timer says so, which may be at once.
-    fn wait(&self, mut timer: Option<Timer>, cx: &mut Context<'_>) -> Result<Standby, Standby> {
+    ///
+    /// The timer is set anew at each look: the service may have come from another runtime, whose timers nobody drives.
+    fn wait(&self, cx: &mut Context<'_>) -> Result<Standby, Standby> {
         let core: &Core = &self.shared;
         let place = Place {
             number: core.waiters.join(cx.waker().clone()),
@@ -175,24 +172,21 @@ impl CircuitBreaker {
                 Ok(reservation) => return Ok(Standby::ready(reservation)),
                 Err(why) => why,
             };
-            let due = refused.retry_after.map(|wait| now.at(&core.clock).saturating_add(wait));
-            timer = timer.filter(|timer| Some(timer.due) == due).or_else(|| {
-                due.map(|due| Timer {
-                    due,
-                    sleep: Box::pin(core.clock.sleep_until(due)),
-                })
+            let mut timer = refused.retry_after.map(|wait| {
+                let due = now.at(&core.clock).saturating_add(wait);
+                Box::pin(core.clock.sleep_until(due))
             });
-            let rings = timer
-                .as_mut()
-                .is_some_and(|timer| timer.sleep.as_mut().poll(cx).is_ready());
+            // It rings at once if the time has come, or is too far for it.
+            let rings = timer.as_mut().is_some_and(|timer| timer.as_mut().poll(cx).is_ready());
             if !rings {
                 return Err(Standby {
                     reservation: Reservation::default(),
-                    wait: Some(Wait { _place: place, timer }),
+                    wait: Some(Wait {
+                        _place: place,
+                        _timer: timer,
+                    }),
                 });
             }
-            // It rang: used up, whether the time has come or was too far for it.
-            timer = None;
         }
     }
 }
