@@ -632,8 +632,9 @@ fn the_end_of_a_probes_stream_wakes_a_waiter_and_its_head_does_not() {
         trip(&breaker);
         clock.advance(OPEN);
         let layer = CircuitBreakerLayer::http(breaker.clone()).not_ready();
-        let inner =
-            service_fn(async |_: Request<()>| Ok::<_, io::Error>(Response::new(Full::<bytes::Bytes>::from("hi"))));
+        let inner = service_fn(|_: Request<()>| {
+            std::future::ready(Ok::<_, io::Error>(Response::new(Full::<bytes::Bytes>::from("hi"))))
+        });
         let (mut probe, mut other) = (layer.layer(inner), layer.layer(inner));
         let woken = Arc::new(Woken::default());
         let waker = Waker::from(woken.clone());
