@@ -970,7 +970,7 @@ async fn load_shed_sheds_what_would_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_waiting_guard_holds_nothing_of_a_concurrency_limit_inside_and_one_permit_of_one_outside() {
+async fn a_waiting_guard_takes_nothing_of_a_concurrency_limit_inside_and_one_permit_of_one_outside() {
     let breaker = breaker(Clock::system());
     trip(&breaker);
     let limit = tower::limit::GlobalConcurrencyLimitLayer::new(1);
@@ -980,6 +980,14 @@ async fn a_waiting_guard_holds_nothing_of_a_concurrency_limit_inside_and_one_per
     assert!(waiting.poll_ready(cx).is_pending());
     let free = limit.layer(service_fn(plus_one));
     assert_eq!(free.oneshot(1).await.unwrap(), 2, "the inner limit is free");
+
+    breaker.reset();
+    assert!(waiting.poll_ready(cx).is_ready());
+    trip(&breaker);
+    assert!(waiting.poll_ready(cx).is_pending());
+    let mut other = limit.layer(service_fn(plus_one));
+    assert!(other.poll_ready(cx).is_pending(), "what was ready before stays ready");
+    drop((waiting, other));
 
     let mut outside = limit.layer(waits.layer(service_fn(plus_one)));
     assert!(outside.poll_ready(cx).is_pending());

@@ -44,6 +44,8 @@ impl<C, R> GuardLayer<CircuitBreaker, C, R> {
     /// Callers wait, so something else must bound the wait: other endpoints, or a `LoadShed` around the balancer (a `Timeout`
     /// does not, it begins with the call). A circuit that is forced open keeps them waiting until somebody resets it. A call
     /// that was promised nothing (the circuit opened since the service was readied) is rejected as ever.
+    /// An inner service that was ready when the circuit opened stays ready, with all that it reserved (a permit of a shared
+    /// `ConcurrencyLimit`, say), while this one waits.
     ///
     /// The end of the open time is awaited with tokio's timer, inside a runtime, unless the breaker's clock is a
     /// [`ManualClock`](crate::ManualClock). A closed circuit costs what it costs otherwise; a waiting service costs two short
