@@ -166,33 +166,40 @@ fn tally(statuses: Vec<Result<Vec<StatusCode>, JoinError>>) -> (usize, usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_layer_that_is_applied_to_each_connection_anew_is_still_one_limit() {
-    let clock = Clock::manual();
-    let callers = KeyedRateLimiter::builder("api", TokenBucket::new(100, HOUR))
-        .clock(&clock)
-        .build()
-        .unwrap();
-    let layer = RateLimitLayer::http(callers.by(ClientIp::new()));
-    let (listener, server) = listen().await;
-    tokio::spawn(async move {
-        while let Ok((stream, peer)) = listener.accept().await {
-            let service = ServiceBuilder::new()
-                .map_request(move |mut request: Request<hyper::body::Incoming>| {
-                    request.extensions_mut().insert(peer);
-                    request
-                })
-                .service(layer.layer(service_fn(async |_| {
-                    Ok::<_, Infallible>(http::Response::new(Full::<Bytes>::from("ok")))
-                })));
-            tokio::spawn(async move {
-                let connection = auto::Builder::new(TokioExecutor::new());
-                let _ = connection
-                    .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
-                    .await;
-            });
-        }
-    });
-    assert_eq!(flood(server).await, (100, 1_400));
-    assert_eq!(callers.status().keys.unwrap().tracked, 1, "one address");
+    for http2 in [false, true] {
+        let clock = Clock::manual();
+        let callers = KeyedRateLimiter::builder("api", TokenBucket::new(100, HOUR))
+            .clock(&clock)
+            .build()
+            .unwrap();
+        let layer = RateLimitLayer::http(callers.by(ClientIp::new()));
+        let (listener, server) = listen().await;
+        tokio::spawn(async move {
+            while let Ok((stream, peer)) = listener.accept().await {
+                let service = ServiceBuilder::new()
+                    .map_request(move |mut request: Request<hyper::body::Incoming>| {
+                        request.extensions_mut().insert(peer);
+                        request
+                    })
+                    .service(layer.layer(service_fn(async |_| {
+                        Ok::<_, Infallible>(http::Response::new(Full::<Bytes>::from("ok")))
+                    })));
+                tokio::spawn(async move {
+                    let connection = auto::Builder::new(TokioExecutor::new());
+                    let _ = connection
+                        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
+                        .await;
+                });
+            }
+        });
+        let passed = if http2 {
+            flood_http2(server).await
+        } else {
+            flood(server).await
+        };
+        assert_eq!(passed, (100, 1_400), "http2: {http2}");
+        assert_eq!(callers.status().keys.unwrap().tracked, 1, "one address");
+    }
 }
 
 /// A server that sends two pieces and then fails.
