@@ -1353,6 +1353,47 @@ fn a_rejection_counts_at_the_limiter_of_a_pair_that_refused_even_if_both_have_on
     );
 }
 
+#[test]
+fn of_two_that_refuse_a_pair_tells_the_one_whose_wait_is_longer_and_counts_there() {
+    let clock = Clock::manual();
+    let limiter = |secs| {
+        let bucket = TokenBucket::new(1, Duration::from_secs(secs));
+        RateLimiter::builder("agent", bucket).clock(&clock).build().unwrap()
+    };
+    let (soon, late) = (limiter(1), limiter(3600));
+    let (quick, slow) = (soon.clone(), late.clone());
+    let policies = GuardLayer::new(((quick.clone(), slow.clone()), quick.clone()));
+    let turned = GuardLayer::new((slow, (quick.clone(), quick)));
+    soon.try_acquire().unwrap();
+    late.try_acquire().unwrap();
+    let world = Arc::new(World::default());
+    for rejected in 1..=2 {
+        let answer = match rejected {
+            1 => policies.layer(echo(&world)).oneshot(1).now_or_never().unwrap(),
+            _ => turned.layer(echo(&world)).oneshot(1).now_or_never().unwrap(),
+        };
+        assert_eq!(
+            rejection(answer).retry_after,
+            Some(Duration::from_secs(3600)),
+            "who waits for the other alone is refused again"
+        );
+        let counts = (soon.status().rejected_requests, late.status().rejected_requests);
+        assert_eq!(counts, (0, rejected));
+    }
+
+    let minute = TokenBucket::new(1, Duration::from_secs(60));
+    let minute = RateLimiter::builder("agent", minute).clock(&clock).build().unwrap();
+    minute.try_acquire().unwrap();
+    let never = CircuitBreaker::builder("agent").clock(&clock).build().unwrap();
+    let guard = GuardLayer::new((minute.clone(), never.clone())).layer(echo(&world));
+    let mut readied = guard;
+    assert!(poll_ready(&mut readied).is_ready());
+    never.force_open();
+    let told = rejection(readied.call(1).now_or_never().unwrap());
+    assert_eq!(told.reason, Reason::ForcedOpen, "nobody knows how long that lasts");
+    assert_eq!((counted(&never).rejected, minute.status().rejected_requests), (1, 0));
+}
+
 // ---- Waiting -----------------------------------------------------------------------------------------------------------------
 
 #[test]

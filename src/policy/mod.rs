@@ -90,6 +90,7 @@ use std::{
     marker::PhantomData,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 use tower_service::Service;
 
@@ -351,8 +352,15 @@ impl<A: Gate, B: Gate> Gate for (A, B) {
     }
 }
 
+/// Whether a refusal lasts longer than the other: a call that waits for the other alone would be refused by this one. Longest lasts
+/// what nobody can tell the end of.
+fn outlasts(refusal: Option<&Rejected>, other: Option<&Rejected>) -> bool {
+    let lasts = |refusal: &Rejected| refusal.retry_after.unwrap_or(Duration::MAX);
+    refusal.map(lasts) > other.map(lasts)
+}
+
 /// Two policies as one: both must admit. Each is asked whether it refuses before any gives, and what the first gave is returned
-/// if the second refuses all the same. Pairs nest. A policy that waits cannot be in a pair: give it a layer of its own.
+/// if the second refuses all the same. If both refuse, the rejection is that of the longer wait. Pairs nest. A policy that waits cannot be in a pair: give it a layer of its own.
 impl<Req, A, B> Policy<Req> for (A, B)
 where
     A: Policy<Req, Wait = Never<<A as Policy<Req>>::Permit>>,
@@ -362,16 +370,29 @@ where
     type Wait = Never<Self::Permit>;
 
     fn refusal(&self, (first, second): &Self::Reserved, request: &Req, now: &Reading) -> Option<Rejected> {
-        self.0
-            .refusal(first, request, now)
-            .or_else(|| self.1.refusal(second, request, now))
+        let first = self.0.refusal(first, request, now);
+        let second = self.1.refusal(second, request, now);
+        if outlasts(second.as_ref(), first.as_ref()) {
+            second
+        } else {
+            first
+        }
     }
 
-    fn refuse(&self, (first, second): &Self::Reserved, request: &Req, now: &Reading) -> Option<Rejected> {
-        // Not by the name in the rejection: two limits of one service may both be called `default`.
-        self.0
-            .refuse(first, request, now)
-            .or_else(|| self.1.refuse(second, request, now))
+    fn refuse(&self, reserved: &Self::Reserved, request: &Req, now: &Reading) -> Option<Rejected> {
+        // The one that is told counts it, and not whoever has the name in the rejection: two limits of one service may both be
+        // called `default`.
+        let first = || self.0.refuse(&reserved.0, request, now);
+        let second = || self.1.refuse(&reserved.1, request, now);
+        let Some(one) = self.0.refusal(&reserved.0, request, now) else {
+            return second();
+        };
+        let other = self.1.refusal(&reserved.1, request, now);
+        if outlasts(other.as_ref(), Some(&one)) {
+            second().or_else(first)
+        } else {
+            first().or_else(second)
+        }
     }
 
     fn admit(&self, reserved: Self::Reserved, request: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {
