@@ -100,6 +100,13 @@ fn get() -> Request<()> {
     Request::new(())
 }
 
+fn grpc_call() -> Request<()> {
+    let mut request = get();
+    let proto = HeaderValue::from_static("application/grpc+proto");
+    request.headers_mut().insert("content-type", proto);
+    request
+}
+
 struct World {
     clock: ManualClock,
     breaker: CircuitBreaker,
@@ -153,8 +160,20 @@ fn judged<C>(
 where
     C: Judge,
 {
+    judged_for(get(), layer, world, answer)
+}
+
+fn judged_for<C>(
+    request: Request<()>,
+    layer: &GuardLayer<CircuitBreaker, C, portcullis::AsResponse>,
+    world: &World,
+    answer: Response<Script>,
+) -> ([u64; 4], [u64; 4])
+where
+    C: Judge,
+{
     let service = layer.layer(serves(answer));
-    let response = service.oneshot(get()).now_or_never().unwrap().unwrap();
+    let response = service.oneshot(request).now_or_never().unwrap().unwrap();
     let at_head = world.counts();
     drop(
         response
@@ -173,7 +192,12 @@ fn http(answer: Response<Script>) -> ([u64; 4], [u64; 4]) {
 
 fn grpc(answer: Response<Script>) -> ([u64; 4], [u64; 4]) {
     let world = World::default();
-    judged(&CircuitBreakerLayer::grpc(world.breaker.clone()), &world, answer)
+    judged_for(
+        grpc_call(),
+        &CircuitBreakerLayer::grpc(world.breaker.clone()),
+        &world,
+        answer,
+    )
 }
 
 #[test]
@@ -365,7 +389,7 @@ fn a_body_that_is_dropped_when_its_whole_length_has_come_has_ended() {
     let waits = script([Step::Data("four"), Step::Wait]);
     let answer = response(200, &[("content-length", "4")], waits);
     let guard = CircuitBreakerLayer::grpc(world.breaker.clone()).layer(serves(answer));
-    let mut body = guard.oneshot(get()).now_or_never().unwrap().unwrap().into_body();
+    let mut body = guard.oneshot(grpc_call()).now_or_never().unwrap().unwrap().into_body();
     body.frame().now_or_never().unwrap().unwrap().unwrap();
     drop(body);
     assert_eq!(world.counts(), CANCELLED, "the status of a gRPC call was still to come");
@@ -403,7 +427,7 @@ proptest! {
         let breaker = world.breaker.clone();
         let body = if of_grpc {
             let service = CircuitBreakerLayer::grpc(breaker).layer(serves(answer));
-            service.oneshot(get()).now_or_never().unwrap().unwrap().into_body().boxed_unsync()
+            service.oneshot(grpc_call()).now_or_never().unwrap().unwrap().into_body().boxed_unsync()
         } else {
             let service = CircuitBreakerLayer::http(breaker).layer(serves(answer));
             service.oneshot(get()).now_or_never().unwrap().unwrap().into_body().boxed_unsync()
@@ -638,6 +662,23 @@ fn an_http_status_without_a_grpc_one_is_mapped() {
 }
 
 #[test]
+fn a_request_that_is_no_grpc_call_opens_no_circuit_by_its_answer_without_a_status() {
+    let plain = |answer| {
+        let world = World::default();
+        judged(&CircuitBreakerLayer::grpc(world.breaker.clone()), &world, answer)
+    };
+    let page = || script([Step::Data("a page")]);
+    assert_eq!(plain(response(200, &[], page())), (NOTHING, SUCCESS));
+    assert_eq!(plain(response(404, &[], page())), (NOTHING, SUCCESS));
+    assert_eq!(plain(response(400, &[], page())), (NOTHING, SUCCESS));
+    assert_eq!(plain(response(503, &[], page())), (FAILURE, FAILURE));
+    let cut = script([Step::Data("a pa"), Step::Error]);
+    assert_eq!(plain(response(200, &[], cut)), (NOTHING, FAILURE));
+    let status = response(200, &[("grpc-status", "14")], script([]));
+    assert_eq!(plain(status), (FAILURE, FAILURE), "what says that it failed, has");
+}
+
+#[test]
 fn grpc_codes_may_be_judged_otherwise() {
     let classifier = GrpcClassifier::new()
         .code(5, Outcome::Failure)
@@ -809,7 +850,8 @@ fn the_service_says_how_long_it_wants_to_be_left_alone() {
         let world = World::new(config);
         let answer = response(status, fields, script([]));
         if grpc {
-            judged(&CircuitBreakerLayer::grpc(world.breaker.clone()), &world, answer);
+            let layer = CircuitBreakerLayer::grpc(world.breaker.clone());
+            judged_for(grpc_call(), &layer, &world, answer);
         } else {
             let classifier = HttpClassifier::new().rate_limited(Outcome::Failure);
             judged(

@@ -4,6 +4,7 @@ use super::{
     AsResponse,
     body::{GuardedBody, metered},
     cost::CostMeter,
+    grpc::{is_grpc, is_web},
 };
 use crate::{
     GuardLayer,
@@ -313,6 +314,10 @@ pub(super) fn retry_after<B>(response: &Response<B>) -> Option<Duration> {
 /// `grpc-retry-pushback-ms` goes to the breaker as `Retry-After` does, see [`HttpClassifier`]; so does the `Retry-After` of a 429 or
 /// 503 without a gRPC status, as a proxy answers.
 ///
+/// A request without a content type of gRPC (a health check, a browser's preflight, a page that is served beside the services) is
+/// no gRPC call, and an answer without a `grpc-status` no failed one: a 5xx and a body that breaks off are failures, all else is a
+/// success. So nobody opens the circuit by asking for a page.
+///
 /// A gRPC-Web body carries its trailers as data, where they are not looked for: its clean end is a success. Put the layer inside
 /// the one that translates gRPC-Web.
 ///
@@ -403,7 +408,6 @@ impl GrpcClassifier {
 }
 
 const STATUS: &str = "grpc-status";
-const WEB: &[u8] = b"application/grpc-web";
 
 /// A decimal number without a sign or leading zeros.
 fn number<N: std::str::FromStr>(text: &str) -> Option<N> {
@@ -430,27 +434,30 @@ fn code_of(status: StatusCode) -> usize {
 }
 
 impl Judge for GrpcClassifier {
-    type Seen = ();
+    /// Whether it was a gRPC call.
+    type Seen = bool;
     type AtEnd = GrpcEnd;
 
-    fn see<B>(&self, _: &Request<B>) {}
+    fn see<B>(&self, request: &Request<B>) -> bool {
+        is_grpc(request.headers())
+    }
 
-    fn head<B>(&self, (): (), response: &Response<B>) -> Judged<GrpcEnd> {
+    fn head<B>(&self, is_call: bool, response: &Response<B>) -> Judged<GrpcEnd> {
         let headers = response.headers();
         if let Some(verdict) = self.by_status(headers) {
             return Judged::Now(verdict);
         }
-        if response.status() != StatusCode::OK {
+        let failed = response.status().is_server_error() || is_call && response.status() != StatusCode::OK;
+        if failed {
             let mut verdict = self.verdict(code_of(response.status()), Some(headers));
             // A proxy's answer, which speaks HTTP.
             verdict.retry_after = verdict.retry_after.or_else(|| retry_after(response));
             return Judged::Now(verdict);
         }
-        let content_type = headers.get(header::CONTENT_TYPE).map_or(&b""[..], |it| it.as_bytes());
-        let web = content_type
-            .get(..WEB.len())
-            .is_some_and(|start| start.eq_ignore_ascii_case(WEB));
-        Judged::AtEnd(GrpcEnd { classifier: *self, web })
+        Judged::AtEnd(GrpcEnd {
+            classifier: *self,
+            needs_status: is_call && !is_web(headers),
+        })
     }
 }
 
@@ -458,21 +465,22 @@ impl Judge for GrpcClassifier {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GrpcEnd {
     classifier: GrpcClassifier,
-    web: bool,
+    /// Whether the trailers must tell: not for those who speak no gRPC, nor for gRPC-Web, which has them in its bytes.
+    needs_status: bool,
 }
 
 impl JudgeEnd for GrpcEnd {
     fn end(self, trailers: Option<&HeaderMap>) -> Verdict {
         match trailers.and_then(|trailers| self.classifier.by_status(trailers)) {
             Some(verdict) => verdict,
-            None if self.web => Outcome::Success.into(),
-            None => Outcome::Failure.into(),
+            None if self.needs_status => Outcome::Failure.into(),
+            None => Outcome::Success.into(),
         }
     }
 
-    /// The status was still to come; a gRPC-Web body has it in its bytes.
+    /// Where the trailers must tell, they were still to come.
     fn complete(self) -> Option<Verdict> {
-        self.web.then(|| Outcome::Success.into())
+        (!self.needs_status).then(|| Outcome::Success.into())
     }
 }
 

@@ -25,14 +25,27 @@ const MESSAGE: &AsciiSet = &CONTROLS.add(b'%');
 /// own type: it takes no other.
 pub(super) fn content_type(request: &HeaderMap) -> Option<HeaderValue> {
     let asked = request.get(CONTENT_TYPE)?;
-    let begins_with = |prefix: &str| {
-        let start = asked.as_bytes().get(..prefix.len());
-        start.is_some_and(|start| start.eq_ignore_ascii_case(prefix.as_bytes()))
-    };
-    if begins_with(GRPC_WEB) {
+    if is_web(request) {
         return Some(asked.clone());
     }
-    begins_with(GRPC).then(plain_content_type)
+    is_grpc(request).then(plain_content_type)
+}
+
+/// Whether a message has a content type of gRPC, or of gRPC-Web.
+pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
+    begins_with(headers, GRPC)
+}
+
+/// Whether a message has the content type of gRPC-Web.
+pub(super) fn is_web(headers: &HeaderMap) -> bool {
+    begins_with(headers, GRPC_WEB)
+}
+
+fn begins_with(headers: &HeaderMap, prefix: &str) -> bool {
+    let start = headers
+        .get(CONTENT_TYPE)
+        .and_then(|found| found.as_bytes().get(..prefix.len()));
+    start.is_some_and(|start| start.eq_ignore_ascii_case(prefix.as_bytes()))
 }
 
 pub(super) fn plain_content_type() -> HeaderValue {
