@@ -3,13 +3,14 @@
 
 use http::{HeaderValue, Request};
 use portcullis::{
-    ClientIp, Forwarded,
+    ClientIp, Forwarded, KeyedCircuitBreaker, KeyedRateLimiter, TokenBucket,
     key::{self, Key},
 };
 use proptest::prelude::*;
 use std::{
-    hash::{DefaultHasher, Hasher},
+    hash::{DefaultHasher, Hash, Hasher},
     net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 fn ip(text: &str) -> IpAddr {
@@ -30,6 +31,15 @@ fn request(peer: &str, lines: &[(&'static str, &str)]) -> Request<()> {
 fn hashed<R>(key: &impl Key<R>, request: &R) -> Option<u64> {
     let mut hasher = DefaultHasher::new();
     key.hash_key(request, &mut hasher).then(|| hasher.finish())
+}
+
+/// A request's key as a value.
+struct Of<'a, K, R>(&'a K, &'a R);
+
+impl<K: Key<R>, R> Hash for Of<'_, K, R> {
+    fn hash<H: Hasher>(&self, hasher: &mut H) {
+        assert!(self.0.hash_key(self.1, hasher), "the request has a key");
+    }
 }
 
 fn behind_proxies() -> ClientIp {
@@ -214,6 +224,20 @@ fn the_addresses_of_one_ipv6_network_are_one_key() {
     }
 }
 
+/// So an operator finds an address among the worst offenders of a status.
+#[test]
+fn a_client_has_the_fingerprint_of_its_address() {
+    let limiter = KeyedRateLimiter::new("api", TokenBucket::new(1, Duration::from_secs(60))).unwrap();
+    let fingerprint_of = |peer: &str| limiter.fingerprint(&Of(&ClientIp::new(), &request(peer, &[])));
+    for (peer, key) in [
+        ("203.0.113.7", "203.0.113.7"),
+        ("::ffff:203.0.113.7", "203.0.113.7"),
+        ("2001:db8:0:1::7", "2001:db8:0:1::"),
+    ] {
+        assert_eq!(fingerprint_of(peer), limiter.fingerprint(&ip(key)), "{peer}");
+    }
+}
+
 #[test]
 fn networks_are_checked() {
     for bad in [
@@ -392,6 +416,27 @@ fn a_host_is_the_same_in_every_spelling() {
     assert_eq!(of("/path", &["."]), None);
     assert_eq!(of("/path", &["user@"]), None);
     assert_eq!(of("http://[2001:DB8::1]:80/", &[]), of("http://[2001:db8::1]/", &[]));
+}
+
+/// So the breaker of a host is found by its name: to reset it, say.
+#[test]
+fn a_host_has_the_breaker_of_its_name() {
+    let breakers = KeyedCircuitBreaker::builder("upstream").build().unwrap();
+    for (uri, name) in [
+        ("http://example.com/a", "example.com"),
+        ("http://EXAMPLE.com:80/", "example.com"),
+        ("https://example.com:443/", "example.com"),
+        ("https://example.com:80/", "example.com:80"),
+        ("http://user@Example.com:8080/", "example.com:8080"),
+        ("http://example.com:08080/", "example.com:8080"),
+        ("http://user@example.com/", "example.com"),
+        ("http://127.0.0.1:3774/", "127.0.0.1:3774"),
+        ("http://[2001:DB8::1]:8080/", "[2001:db8::1]:8080"),
+    ] {
+        let request = Request::get(uri).body(()).unwrap();
+        let found = breakers.fingerprint(&Of(&key::host(), &request));
+        assert_eq!(found, breakers.fingerprint(name), "{uri}");
+    }
 }
 
 #[test]

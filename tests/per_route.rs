@@ -258,6 +258,25 @@ async fn every_form_of_a_target_meets_a_rule() {
     );
 }
 
+/// axum takes the prefix off the path before a nested router's layers see it; the template that it has matched stays whole.
+#[cfg(feature = "axum")]
+#[tokio::test]
+async fn in_a_nested_router_the_route_is_the_whole_template_whatever_is_left_of_the_path() {
+    let (nested, other) = (limiter("nested", 100), limiter("other", 100));
+    let routes = PerRoute::builder()
+        .route(Method::GET, "/api/users/{id}", nested.clone())
+        .default(other.clone())
+        .build()
+        .unwrap();
+    let users = Router::new()
+        .route("/users/{id}", any(async || "ok"))
+        .layer(RateLimitLayer::http(routes));
+    let app: Router = Router::new().nest("/api", users);
+    app.oneshot(request(Method::GET, "/api/users/7")).await.unwrap();
+    let used = [&nested, &other].map(|limiter| limiter.status().accepted_requests);
+    assert_eq!(used, [1, 0]);
+}
+
 #[tokio::test]
 async fn a_route_layer_limits_one_route() {
     let report = limiter("report", 1);

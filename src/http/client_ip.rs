@@ -22,7 +22,8 @@ use std::{
 /// you have put there. Without one a request has no key.
 ///
 /// IPv4 addresses count whole, also if written as IPv6 (mapped, or by a translator as `64:ff9b::/96`); of IPv6 addresses the first
-/// 64 bits, see [`ipv6_prefix`](Self::ipv6_prefix): a client has that many addresses to choose from.
+/// 64 bits, see [`ipv6_prefix`](Self::ipv6_prefix): a client has that many addresses to choose from. The key is that [`IpAddr`],
+/// the other bits zero: what [`fingerprint`](crate::KeyedRateLimiter::fingerprint) takes to find a client in a status.
 ///
 /// ```
 /// use http::Request;
@@ -353,13 +354,14 @@ impl<B> Key<Request<B>> for ClientIp {
         let Some(client) = self.of(request) else {
             return false;
         };
-        match client {
-            IpAddr::V4(address) => address.hash(hasher),
+        let key = match client {
+            IpAddr::V4(_) => client,
             IpAddr::V6(address) => match translated(address) {
-                Some(address) => address.hash(hasher),
-                None => first_bits(address, self.ipv6_prefix).hash(hasher),
+                Some(address) => IpAddr::V4(address),
+                None => IpAddr::V6(first_bits(address, self.ipv6_prefix).into()),
             },
-        }
+        };
+        key.hash(hasher);
         true
     }
 }

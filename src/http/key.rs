@@ -4,6 +4,7 @@ use crate::{error::ConfigError, key::Key};
 use http::{HeaderMap, HeaderName, Request, Uri, header, uri::Authority};
 use std::{
     any::type_name,
+    borrow::Cow,
     fmt,
     hash::{Hash, Hasher},
     marker::PhantomData,
@@ -22,6 +23,7 @@ use std::{
 ///
 /// let limiter = KeyedRateLimiter::new("api", TokenBucket::new(100, Duration::from_secs(60)))?;
 /// let layer = RateLimitLayer::http(limiter.by(key::header("x-api-key")?));
+/// let alice = limiter.fingerprint("alice".as_bytes()); // as a status shows her
 /// # Ok::<(), portcullis::ConfigError>(())
 /// ```
 ///
@@ -106,13 +108,15 @@ impl<T: Hash + Send + Sync + 'static, B> Key<Request<B>> for Extension<T> {
 
 /// The host that a client's request goes to: of its URI, or else of its `Host` field. For a breaker for each host.
 ///
-/// `Example.com`, `example.com:443` over `https`, `example.com.` and `example.com` are one host. A request that names none, or several, has no key.
+/// `Example.com`, `example.com.`, `example.com:443` over `https` and `example.com` are one host, and the key is its name as text:
+/// `example.com`, or `example.com:8080` with a port that is not the scheme's own. A request that names none, or several, has no key.
 ///
 /// ```
 /// use portcullis::{CircuitBreakerLayer, KeyedCircuitBreaker, key};
 ///
 /// let breakers = KeyedCircuitBreaker::builder("upstream").build()?;
 /// let layer = CircuitBreakerLayer::http(breakers.by(key::host()));
+/// breakers.get("example.com").reset(); // the breaker of that host
 /// # Ok::<(), portcullis::ConfigError>(())
 /// ```
 #[must_use]
@@ -143,14 +147,30 @@ impl<B> Key<Request<B>> for Host {
         if host.is_empty() {
             return false;
         }
-        for byte in host.bytes() {
-            hasher.write_u8(byte.to_ascii_lowercase());
-        }
-        // No byte of a host: the port cannot pass for a part of the name.
-        hasher.write_u8(0xff);
-        let port = authority.port_u16();
-        port.filter(|port| *port != default_port(request.uri())).hash(hasher);
+        name_of(host, authority, request.uri()).hash(hasher);
         true
+    }
+}
+
+/// `host`, or `host:port` where the port is not the scheme's own; in lower case. Borrowed where it is written so already.
+fn name_of<'a>(host: &'a str, authority: &'a Authority, uri: &Uri) -> Cow<'a, str> {
+    let port = authority.port().filter(|port| port.as_u16() != default_port(uri));
+    let Some(port) = port else {
+        return lower(host);
+    };
+    // A number has many spellings, `08080`; and a name may have had its dot.
+    let plain = port.as_str().starts_with(|first| matches!(first, '1'..='9')) && host == authority.host();
+    if !plain {
+        return format!("{}:{}", lower(host), port.as_u16()).into();
+    }
+    let text = authority.as_str();
+    lower(text.rsplit_once('@').map_or(text, |(_, host_and_port)| host_and_port))
+}
+
+fn lower(text: &str) -> Cow<'_, str> {
+    match text.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        true => text.to_ascii_lowercase().into(),
+        false => text.into(),
     }
 }
 
