@@ -24,6 +24,10 @@ use std::any::Any;
 /// response and settle it later.
 ///
 /// Closures and [`ErrorsAreFailures`] implement it.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` does not judge `{Res}` of `{Req}`",
+    note = "the classifiers of `::http(…)` and `::grpc(…)` judge an `http::Response` whose body is an `http_body::Body`"
+)]
 pub trait Classify<Req, Res, Err> {
     /// What is kept of the request while the call runs.
     type Seen;

@@ -260,6 +260,9 @@ impl<L: Gate<Reserved = ()>, C, R> GuardLayer<L, C, R> {
     /// The waiting call owns the readied inner service, so that must be `Clone`, and holds what its readiness reserved. Calls
     /// are served in order of arrival; a dropped call leaves the line.
     ///
+    /// For a [`RateLimiter`](crate::RateLimiter), also one with a [`cost`](crate::RateLimiter::cost). Keyed limiters, limits by
+    /// route and pairs do not wait: give the limiter that does a layer of its own.
+    ///
     /// ```
     /// # use portcullis::{RateLimitLayer, RateLimiter, TokenBucket};
     /// # use std::time::Duration;

@@ -17,8 +17,9 @@ use std::{collections::HashMap, fmt, sync::Arc, task::Context};
 /// axum has matched; where that one ends in a catch-all, the path tells more and is matched as a whole, so a rule may be finer
 /// than axum's route: for one method of a tonic service. Anywhere else (round a finished app, inside `nest_service`, in tonic and hyper) it is the one that
 /// the path matches, as it stands in the request: nothing is decoded and no slash is added or taken away. What matches no route
-/// meets the default, so an odd spelling of an exempt path is not exempt. Inside `nest_service` the path is what is left of it. A
-/// request that a handler passes on to a client still has the route that it came in by: take `MatchedPath` out of its extensions.
+/// meets the default, so an odd spelling of an exempt path is not exempt. Inside `nest_service` the path is what is left of it;
+/// inside `nest` the route is the whole template, with the prefix: `/api/users/{id}`. A request that a handler passes on to a client
+/// still has the route that it came in by: take `MatchedPath` out of its extensions.
 ///
 /// `HEAD` takes the policy of `GET` where it has none of its own. All policies are of one type: limits, breakers, pairs, keyed
 /// ones. The policy is known only when the request is: such a layer reserves nothing in `poll_ready`, so it asks the inner
@@ -92,7 +93,19 @@ impl<P> PerRouteBuilder<P> {
         self
     }
 
-    /// Admits a route's requests unasked, for the methods that have no policy of their own.
+    /// Admits a route's requests unasked, for the methods that have no policy of their own. What is beside these routes in a pair, or
+    /// in another layer, is asked all the same: to exempt a route from several policies, have pairs as the policies of routes.
+    ///
+    /// ```
+    /// use portcullis::{KeyedRateLimiter, PerRoute, RateLimitLayer, RateLimiter, TokenBucket, key};
+    /// use std::time::Duration;
+    ///
+    /// let all = RateLimiter::new("api", TokenBucket::new(1_000, Duration::from_secs(60)))?;
+    /// let callers = KeyedRateLimiter::builder("api", TokenBucket::new(10, Duration::from_secs(60))).limit("caller").build()?;
+    /// let both = (all, callers.by(key::header("x-api-key")?));
+    /// let layer = RateLimitLayer::http(PerRoute::builder().exempt("/health").default(both).build()?);
+    /// # Ok::<(), portcullis::ConfigError>(())
+    /// ```
     pub fn exempt(mut self, template: impl Into<String>) -> Self {
         self.rules.push((None, template.into(), Rule::Exempt));
         self

@@ -132,6 +132,11 @@ pub trait Gate {
 ///
 /// A policy that must see the request to know whether it refuses cannot do so in `poll_ready`: its callers wait for the inner
 /// service to be ready first.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no policy for `{Req}`",
+    note = "a `KeyedRateLimiter` or `KeyedCircuitBreaker` becomes one by `.by(key)`; three policies are a pair in a pair: `((a, b), c)`",
+    note = "a policy that waits (`.wait`) cannot be in a pair, and a key or a cost must be for the request that the service takes"
+)]
 pub trait Policy<Req>: Gate {
     /// Leave to make one call.
     type Permit: Permit;

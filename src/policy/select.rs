@@ -7,7 +7,11 @@ use std::{fmt, task::Context};
 /// The policy that a closure picks for each request; none, and the request is admitted.
 ///
 /// The policy is known only when the request is: such a layer reserves nothing in `poll_ready`, so it asks the inner service to be
-/// ready before it rejects. Over HTTP, [`PerRoute`](crate::PerRoute) picks by method and route.
+/// ready before it rejects.
+#[cfg_attr(
+    feature = "http",
+    doc = "Over HTTP, [`PerRoute`](crate::PerRoute) picks by method and route."
+)]
 ///
 /// ```
 /// use portcullis::{CircuitBreaker, CircuitBreakerLayer, policy};

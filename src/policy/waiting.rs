@@ -8,6 +8,10 @@ use crate::{
 use std::{task::Context, time::Duration};
 
 /// A limiter that can let a call wait.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot let calls wait",
+    note = "a `RateLimiter` can, and `RateLimiter::cost`; keyed limiters, routes, pairs and breakers only admit or reject"
+)]
 pub trait Waitable<Req>: Gate<Reserved = ()> {
     /// Waits in line for leave to make the call.
     fn acquire_for(&self, request: &Req, max_wait: Duration) -> Acquire;
