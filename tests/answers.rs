@@ -275,6 +275,23 @@ fn each_form_tells_the_quota_on_admitted_and_on_rejected_answers() {
     }
 }
 
+/// Without a word about the headers: what the layers of both protocols do by themselves.
+#[test]
+fn http_and_grpc_layers_tell_their_limits_on_admitted_and_on_rejected_answers() {
+    let clock = Clock::manual();
+    let limit = || limiter(&clock, "search", TokenBucket::new(1, Duration::from_secs(60)));
+    let (http, grpc) = (
+        RateLimitLayer::http(limit()).layer(Hello),
+        RateLimitLayer::grpc(limit()).layer(Hello),
+    );
+    for _ in ["admitted", "rejected"] {
+        for headers in [ask(&http, get_it()).headers(), ask(&grpc, grpc_call()).headers()] {
+            assert_eq!(all(headers, "ratelimit-policy"), [r#""search";q=1;w=60"#]);
+            assert_eq!(all(headers, "ratelimit"), [r#""search";r=0;t=60"#]);
+        }
+    }
+}
+
 #[test]
 fn limits_for_keys_and_routes_tell_what_a_plain_one_tells() {
     fn check<P>(policy: &P)

@@ -1046,6 +1046,69 @@ fn a_meter_corrects_the_limit_of_tokens_and_not_that_of_calls() {
     );
 }
 
+/// Nothing is streamed then, and the answer has cost what it has cost all the same.
+#[test]
+fn an_answer_that_is_judged_at_its_head_is_charged_what_its_meter_says() {
+    for (status, knows_its_end) in [(500, false), (200, true)] {
+        let clock = Clock::manual();
+        let tokens = RateLimiter::builder("model", TokenBucket::new(1_000, Duration::from_secs(1_000)))
+            .clock(&clock)
+            .build()
+            .unwrap();
+        let meter = CostMeter::new();
+        meter.add(30);
+        let body = Script {
+            steps: VecDeque::new(),
+            knows_its_end,
+        };
+        let mut answer = response(status, &[], body);
+        answer.extensions_mut().insert(meter);
+        let service = RateLimitLayer::http(tokens.cost(|_: &Request<()>| 500)).layer(serves(answer));
+        let _answer = service.oneshot(get()).now_or_never().unwrap().unwrap();
+        assert_eq!(tokens.quota().remaining, 970, "status {status}");
+    }
+}
+
+#[test]
+fn a_meter_corrects_a_keyed_limit_of_tokens_at_its_own_key_and_not_that_of_calls() {
+    let clock = Clock::manual();
+    let limit = |name: &str| {
+        let bucket = TokenBucket::new(100, Duration::from_secs(100));
+        KeyedRateLimiter::builder("model", bucket)
+            .limit(name)
+            .clock(&clock)
+            .build()
+            .unwrap()
+    };
+    let (calls, tokens) = (limit("calls"), limit("tokens"));
+    let by_path = |request: &Request<()>| Some(request.uri().path().to_owned());
+    let meter = CostMeter::new();
+    meter.add(30);
+    let mut answer = response(200, &[], script([Step::Data("a")]));
+    answer.extensions_mut().insert(meter);
+    let pair = (calls.by(by_path), tokens.by(by_path).cost(|_: &Request<()>| 50));
+    let pair = RateLimitLayer::http(pair).layer(serves(answer));
+    let ask = |path: &'static str| {
+        let request = Request::get(path).body(()).unwrap();
+        let answer = pair.clone().oneshot(request).now_or_never().unwrap().unwrap();
+        drop(answer.into_body().collect().now_or_never());
+    };
+    ask("/a");
+    ask("/b");
+    for key in ["/a", "/b"] {
+        assert!(calls.try_acquire_n(key, 100).is_err(), "the call itself was charged");
+        assert!(calls.try_acquire_n(key, 99).is_ok(), "and nothing but the call");
+        assert!(
+            tokens.try_acquire_n(key, 71).is_err(),
+            "what the meter says was charged"
+        );
+        assert!(
+            tokens.try_acquire_n(key, 70).is_ok(),
+            "and what was reserved beyond it returned"
+        );
+    }
+}
+
 #[test]
 fn calls_and_tokens_in_any_order_and_of_each_caller_are_corrected_however_a_stream_ends() {
     let clock = Clock::manual();
