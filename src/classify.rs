@@ -23,7 +23,8 @@ use std::any::Any;
 /// Judges how a call ended. Sees the request before it goes out and the result when it is there; may keep the permit in the
 /// response and settle it later.
 ///
-/// Closures and [`ErrorsAreFailures`] implement it.
+/// Closures and [`ErrorsAreFailures`] implement it. For HTTP and gRPC implement `Judge` in its place (feature `http`): every judge is
+/// a classifier.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` does not judge `{Res}` of `{Req}`",
     note = "the classifiers of `::http(…)` and `::grpc(…)` judge an `http::Response` whose body is an `http_body::Body`"

@@ -29,6 +29,50 @@ use tower_service::Service;
 /// Answers for a call that was rejected. `Raw` is the inner service's response, `Res` what the classifier made of it.
 ///
 /// [`AsError`], [`Fallback`] and [`FallbackWith`] implement it, and with the feature `http` `AsResponse`.
+///
+/// One of your own needs only what it reads; for an answer from a closure there is
+/// [`fallback_with`](crate::GuardLayer::fallback_with):
+///
+/// ```
+/// use portcullis::{CircuitBreaker, CircuitBreakerLayer, Rejected, reject::Reject};
+/// use std::{convert::Infallible, future::{Ready, ready}};
+/// use tower::{ServiceBuilder, ServiceExt, service_fn};
+///
+/// /// Nothing, in place of an answer.
+/// #[derive(Clone)]
+/// struct AsNone;
+///
+/// impl<Req, Raw, Res, Err> Reject<Req, Raw, Res, Err> for AsNone {
+///     type Response = Option<Res>;
+///     type Error = Err;
+///     type Future = Ready<Result<Option<Res>, Err>>;
+///     type Pass = ();
+///
+///     fn reject(&self, _: Req, _: Rejected) -> Self::Future {
+///         ready(Ok(None))
+///     }
+///
+///     fn admitted(&self, _: &Req) {}
+///
+///     fn pass((): (), result: Result<Res, Err>) -> Result<Option<Res>, Err> {
+///         result.map(Some)
+///     }
+///
+///     fn error(error: Err) -> Err {
+///         error
+///     }
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let breaker = CircuitBreaker::builder("search").build()?;
+/// let service = ServiceBuilder::new()
+///     .layer(CircuitBreakerLayer::new(breaker.clone()).reject_with(AsNone))
+///     .service(service_fn(async |question: u32| Ok::<_, Infallible>(question + 1)));
+/// assert_eq!(service.clone().oneshot(41).await?, Some(42));
+/// breaker.force_open();
+/// assert_eq!(service.oneshot(41).await?, None);
+/// # Ok(()) }
+/// ```
 pub trait Reject<Req, Raw, Res, Err> {
     /// The response of the guarded service.
     type Response;

@@ -1,6 +1,7 @@
 //! What a guard asks before it lets a call through.
 //!
-//! A [`CircuitBreaker`] is a policy, a [`RateLimiter`] is one, a limiter that [waits](Waiting) is one, and a pair of policies is one.
+//! A [`CircuitBreaker`] is a policy, a [`RateLimiter`] is one, and so is one of these for each [key](Keyed), a limiter that charges by
+//! [cost](Cost) or [waits](Waiting), whatever a closure [picks](select), and a pair of policies.
 //!
 //! # A policy of your own
 //!
@@ -225,6 +226,55 @@ impl<S: Service<Req>, Req, P> Hold<S, Req> for Never<P> {
 
 pin_project! {
     /// The wait of a policy that may wait: any future of a permit.
+    ///
+    /// ```
+    /// use portcullis::{BoxError, GuardLayer, Rejected, Verdict, policy::{Admit, Gate, Later, Permit, Policy, Readiness, Reading}};
+    /// use std::{future::Future, pin::Pin, sync::Arc, task::Context};
+    /// use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+    /// use tower::{ServiceBuilder, ServiceExt, service_fn};
+    ///
+    /// /// So many calls at once; over HTTP to the end of the answer's body.
+    /// #[derive(Clone)]
+    /// struct AtOnce(Arc<Semaphore>);
+    ///
+    /// struct Slot(OwnedSemaphorePermit); // given back when it is dropped
+    ///
+    /// impl Permit for Slot {
+    ///     fn settle(self, _: Verdict, _: &Reading) {}
+    ///     fn cancel(self, _: Option<u32>, _: &Reading) {}
+    ///     fn unused(self, _: &Reading) {}
+    /// }
+    ///
+    /// impl Gate for AtOnce {
+    ///     type Reserved = ();
+    ///     fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
+    ///         Readiness::Ready(())
+    ///     }
+    /// }
+    ///
+    /// impl<Req> Policy<Req> for AtOnce {
+    ///     type Permit = Slot;
+    ///     type Wait = Later<Pin<Box<dyn Future<Output = Result<Slot, Rejected>> + Send>>>;
+    ///
+    ///     fn refusal(&self, (): &(), _: &Req, _: &Reading) -> Option<Rejected> {
+    ///         None
+    ///     }
+    ///
+    ///     fn admit(&self, (): (), _: &Req, _: &Reading) -> Admit<Slot, Self::Wait> {
+    ///         let slots = self.0.clone();
+    ///         Admit::Later(Later::new(Box::pin(async {
+    ///             Ok(Slot(slots.acquire_owned().await.expect("never closed")))
+    ///         })))
+    ///     }
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), BoxError> {
+    /// let service = ServiceBuilder::new()
+    ///     .layer(GuardLayer::new(AtOnce(Arc::new(Semaphore::new(10)))))
+    ///     .service(service_fn(async |question: u32| Ok::<_, std::io::Error>(question + 1)));
+    /// assert_eq!(service.oneshot(41).await?, 42);
+    /// # Ok(()) }
+    /// ```
     #[derive(Debug)]
     pub struct Later<F> {
         #[pin]
