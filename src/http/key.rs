@@ -168,9 +168,10 @@ fn name_of<'a>(host: &'a str, authority: &'a Authority, uri: &Uri) -> Cow<'a, st
 }
 
 fn lower(text: &str) -> Cow<'_, str> {
-    match text.bytes().any(|byte| byte.is_ascii_uppercase()) {
-        true => text.to_ascii_lowercase().into(),
-        false => text.into(),
+    if text.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        text.to_ascii_lowercase().into()
+    } else {
+        text.into()
     }
 }
 
