@@ -1,0 +1,145 @@
+//! One hot path, so many times: what `benches/instructions` counts the instructions of.
+//!
+//! `cargo bench --all-features --bench paths -- PATH CALLS` makes that many calls; without arguments, a few on every path.
+
+use portcullis::{
+    CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, KeyedRateLimiter, Outcome, RateLimitLayer, RateLimiter,
+    SlidingWindow, TokenBucket, Window,
+};
+use std::{
+    future::{Future, Ready, ready},
+    hint::black_box,
+    pin::pin,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+use tower::{Layer, Service, service_fn};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+type Inner = fn(u32) -> Ready<Result<u32, std::io::Error>>;
+type Path = Box<dyn FnMut() -> bool>;
+/// A path by name, whether it admits, and how it is made.
+type Row = (&'static str, bool, fn() -> Path);
+
+/// Readies and calls the service once; whether it was admitted.
+fn call<S: Service<u32>>(service: &mut S) -> bool {
+    let mut cx = Context::from_waker(Waker::noop());
+    let _ = black_box(service.poll_ready(&mut cx));
+    matches!(pin!(service.call(black_box(1))).poll(&mut cx), Poll::Ready(Ok(_)))
+}
+
+fn through<L>(layer: L) -> Path
+where
+    L: Layer<tower::util::ServiceFn<Inner>>,
+    L::Service: Service<u32> + 'static,
+{
+    let mut service = layer.layer(service_fn((|x| ready(Ok(x))) as Inner));
+    Box::new(move || call(&mut service))
+}
+
+fn cloned<L>(layer: L) -> Path
+where
+    L: Layer<tower::util::ServiceFn<Inner>>,
+    L::Service: Service<u32> + Clone + 'static,
+{
+    let service = layer.layer(service_fn((|x| ready(Ok(x))) as Inner));
+    Box::new(move || call(&mut service.clone()))
+}
+
+/// A clock that stands still: reading the time of the machine would be counted with the path.
+fn limiter(algorithm: impl Into<portcullis::Algorithm>) -> RateLimiter {
+    RateLimiter::builder("bench", algorithm)
+        .clock(Clock::manual())
+        .build()
+        .expect("a valid limit")
+}
+
+fn breaker(
+    configure: impl FnOnce(portcullis::CircuitBreakerBuilder) -> portcullis::CircuitBreakerBuilder,
+) -> CircuitBreaker {
+    let breaker = configure(CircuitBreaker::builder("bench").clock(Clock::manual()))
+        .build()
+        .expect("a valid config");
+    for _ in 0..200 {
+        breaker.try_acquire().expect("closed").settle(Outcome::Success);
+    }
+    breaker
+}
+
+fn paths() -> Vec<Row> {
+    fn plenty() -> RateLimiter {
+        limiter(TokenBucket::new(u32::MAX, SECOND))
+    }
+    fn spent() -> RateLimiter {
+        let limiter = limiter(TokenBucket::new(1, SECOND));
+        drop(limiter.try_acquire());
+        limiter
+    }
+    fn open() -> CircuitBreaker {
+        let breaker = breaker(|it| it.failure_threshold(1));
+        breaker.try_acquire().expect("closed").settle(Outcome::Failure);
+        breaker
+    }
+    vec![
+        ("addition", true, || {
+            let counter = Box::new(std::sync::atomic::AtomicU64::new(0));
+            Box::new(move || black_box(counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) < u64::MAX)
+        }),
+        ("arc", true, || {
+            let counter = std::sync::Arc::new(5);
+            Box::new(move || *black_box(counter.clone()) == 5)
+        }),
+        ("nothing", true, || through(tower::layer::util::Identity::new())),
+        ("breaker", true, || through(CircuitBreakerLayer::new(breaker(|it| it)))),
+        ("breaker-cloned", true, || {
+            cloned(CircuitBreakerLayer::new(breaker(|it| it)))
+        }),
+        ("breaker-count-window", true, || {
+            through(CircuitBreakerLayer::new(breaker(|it| it.failure_rate(0.5))))
+        }),
+        ("breaker-count-window-failing", true, || {
+            let breaker = breaker(|it| it.failure_rate(0.9).window(Window::calls(1_000)));
+            breaker.try_acquire().expect("closed").settle(Outcome::Failure);
+            through(CircuitBreakerLayer::new(breaker))
+        }),
+        ("breaker-time-window", true, || {
+            let window = Window::time(10 * SECOND);
+            through(CircuitBreakerLayer::new(breaker(|it| {
+                it.failure_rate(0.5).window(window)
+            })))
+        }),
+        ("breaker-open", false, || through(CircuitBreakerLayer::new(open()))),
+        ("token-bucket", true, || through(RateLimitLayer::new(plenty()))),
+        ("token-bucket-cloned", true, || cloned(RateLimitLayer::new(plenty()))),
+        ("token-bucket-refusing", false, || through(RateLimitLayer::new(spent()))),
+        ("sliding-window", true, || {
+            through(RateLimitLayer::new(limiter(SlidingWindow::new(1 << 24, SECOND))))
+        }),
+        ("keyed", true, || {
+            let limiter = KeyedRateLimiter::builder("bench", TokenBucket::new(u32::MAX, SECOND))
+                .clock(Clock::manual())
+                .build()
+                .expect("a valid limit");
+            through(RateLimitLayer::new(limiter.by(|key: &u32| Some(*key))))
+        }),
+        ("pair", true, || through(GuardLayer::new((plenty(), breaker(|it| it))))),
+    ]
+}
+
+fn main() {
+    let mut arguments = std::env::args().skip(1).filter(|argument| !argument.starts_with("--"));
+    let (only, calls) = (arguments.next(), arguments.next());
+    let calls: u32 = calls.map_or(10, |calls| calls.parse().expect("a number of calls"));
+    for (name, admits, make) in paths() {
+        if only.as_ref().is_none_or(|only| only == name) {
+            let mut path = make();
+            let admitted = (0..calls).filter(|_| path()).count();
+            let expected = if admits { calls as usize } else { 0 };
+            assert_eq!(admitted, expected, "{name} did not do its work");
+            if only.is_none() {
+                println!("{name}");
+            }
+        }
+    }
+}
