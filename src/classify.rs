@@ -50,6 +50,24 @@ pub trait Classify<Req, Res, Err> {
         now: &Reading,
     ) -> Result<Self::Response<P>, Err>;
 
+    /// [`finish`](Self::finish) where the permit lies. Default: takes it out, and asks that.
+    ///
+    /// # Errors
+    ///
+    /// The call's own error, unchanged.
+    fn finish_in_place<P: Permit>(
+        seen: Self::Seen,
+        result: Result<Res, Err>,
+        permit: &mut Option<P>,
+        now: &Reading,
+    ) -> Result<Self::Response<P>, Err>
+    where
+        Self: Sized,
+    {
+        let permit = permit.take().expect("a call ends once");
+        Self::finish(seen, result, permit, now)
+    }
+
     /// Judges an error from `poll_ready`, for which there was no request.
     fn unready(&self, error: Err) -> (Verdict, Err);
 }
@@ -79,10 +97,22 @@ impl<Req, Res, Err: Any> Classify<Req, Res, Err> for ErrorsAreFailures {
     type Seen = ();
     type Response<P: Permit> = Res;
 
+    #[inline]
     fn see(&self, _: &Req) {}
 
+    #[inline]
     fn finish<P: Permit>((): (), result: Result<Res, Err>, permit: P, now: &Reading) -> Result<Res, Err> {
-        permit.settle(Outcome::of(&result).into(), now);
+        <Self as Classify<Req, Res, Err>>::finish_in_place((), result, &mut Some(permit), now)
+    }
+
+    #[inline]
+    fn finish_in_place<P: Permit>(
+        (): (),
+        result: Result<Res, Err>,
+        permit: &mut Option<P>,
+        now: &Reading,
+    ) -> Result<Res, Err> {
+        P::settle_in_place(permit, Outcome::of(&result).into(), now);
         result
     }
 
@@ -109,9 +139,19 @@ where
         self.0.clone()
     }
 
+    #[inline]
     fn finish<P: Permit>(judge: F, result: Result<Res, Err>, permit: P, now: &Reading) -> Result<Res, Err> {
-        let verdict = judge(&result).into();
-        permit.settle(verdict, now);
+        <Self as Classify<Req, Res, Err>>::finish_in_place(judge, result, &mut Some(permit), now)
+    }
+
+    #[inline]
+    fn finish_in_place<P: Permit>(
+        judge: F,
+        result: Result<Res, Err>,
+        permit: &mut Option<P>,
+        now: &Reading,
+    ) -> Result<Res, Err> {
+        P::settle_in_place(permit, judge(&result).into(), now);
         result
     }
 
@@ -139,12 +179,23 @@ where
         self.0.clone()
     }
 
+    #[inline]
     fn finish<P: Permit>(judge: F, result: Result<Res, Err>, permit: P, now: &Reading) -> Result<Res, Err> {
+        <Self as Classify<Req, Res, Err>>::finish_in_place(judge, result, &mut Some(permit), now)
+    }
+
+    #[inline]
+    fn finish_in_place<P: Permit>(
+        judge: F,
+        result: Result<Res, Err>,
+        permit: &mut Option<P>,
+        now: &Reading,
+    ) -> Result<Res, Err> {
         let verdict = match &result {
             Ok(_) => Outcome::Success.into(),
             Err(error) => judge(error).into(),
         };
-        permit.settle(verdict, now);
+        P::settle_in_place(permit, verdict, now);
         result
     }
 

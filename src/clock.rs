@@ -37,22 +37,26 @@ impl Timestamp {
     /// Where a clock begins. So far from zero that zero is longer ago than any setting reaches (100 years).
     const BEGINNING: Self = Self(1 << 62);
 
+    #[inline]
     pub(crate) const fn from_nanos(nanos: u64) -> Self {
         Self(nanos)
     }
 
+    #[inline]
     pub(crate) const fn nanos(self) -> u64 {
         self.0
     }
 
     /// The time from `earlier` to `self`; zero if `earlier` is in fact later.
     #[must_use]
+    #[inline]
     pub const fn duration_since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
 
     /// The timestamp `duration` later.
     #[must_use]
+    #[inline]
     pub fn saturating_add(self, duration: Duration) -> Self {
         Self(self.0.saturating_add(nanos(duration)))
     }
@@ -65,6 +69,7 @@ impl Timestamp {
 }
 
 /// A duration in nanoseconds; 584 years and more are the same.
+#[inline]
 pub(crate) fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -131,7 +136,11 @@ impl Clock {
             #[cfg(feature = "fast-clock")]
             Source::Fast => {
                 let (clock, beginning) = fast_clock();
-                Timestamp::BEGINNING.saturating_add(clock.now().saturating_duration_since(*beginning))
+                Timestamp(
+                    Timestamp::BEGINNING
+                        .0
+                        .saturating_add(clock.delta_as_nanos(*beginning, clock.raw())),
+                )
             }
         }
     }
@@ -155,6 +164,7 @@ impl Clock {
     }
 
     /// Equal for clocks that always read the same, so that one reading serves them all.
+    #[inline]
     fn id(&self) -> usize {
         match &self.0 {
             Source::System => 0,
@@ -216,11 +226,11 @@ pub(crate) fn since_1970() -> Duration {
 
 /// Made once: calibration takes time, and `CPUID` is slow on virtual machines.
 #[cfg(feature = "fast-clock")]
-fn fast_clock() -> &'static (quanta::Clock, quanta::Instant) {
-    static CLOCK: OnceLock<(quanta::Clock, quanta::Instant)> = OnceLock::new();
+fn fast_clock() -> &'static (quanta::Clock, u64) {
+    static CLOCK: OnceLock<(quanta::Clock, u64)> = OnceLock::new();
     CLOCK.get_or_init(|| {
         let clock = quanta::Clock::new();
-        let beginning = clock.now();
+        let beginning = clock.raw();
         (clock, beginning)
     })
 }
@@ -348,11 +358,13 @@ pub struct Reading(Cell<Option<(usize, Timestamp)>>);
 impl Reading {
     /// A reading not taken yet.
     #[must_use]
+    #[inline]
     pub fn new() -> Self {
         Self::default()
     }
 
     /// The time on `clock`, read now or earlier in this request.
+    #[inline]
     pub fn at(&self, clock: &Clock) -> Timestamp {
         let id = clock.id();
         match self.0.get() {

@@ -5,7 +5,7 @@ use crate::{
     classify::{ByError, ByResult, Classify, ErrorsAreFailures},
     clock::Reading,
     limit::RateLimiter,
-    permit::{Outcome, Verdict, Watch},
+    permit::{Held, Outcome, Verdict, Watch, failing_on_unwind},
     policy::{Admit, Gate, Hold, Policy, Readiness, Waiting},
     reject::{AsError, Fallback, FallbackWith, Reject},
     rejected::Rejected,
@@ -293,6 +293,7 @@ impl<S, P: Gate + Clone, C: Clone, R: Clone> Layer<S> for GuardLayer<P, C, R> {
         Guard {
             inner,
             ready: Ready::No,
+            refusal: None,
             layer: self.clone(),
         }
     }
@@ -312,6 +313,8 @@ impl<S, P: Gate + Clone, C: Clone, R: Clone> Layer<S> for GuardLayer<P, C, R> {
 pub struct Guard<S, P: Gate, C = ErrorsAreFailures, R = AsError> {
     inner: S,
     ready: Ready<P::Reserved>,
+    /// Why the service is ready to reject. Apart from `ready`, which moves with every call.
+    refusal: Option<Rejected>,
     layer: GuardLayer<P, C, R>,
 }
 
@@ -323,8 +326,8 @@ enum Ready<T> {
     Reserving(T),
     /// Ready, and the inner service is, too.
     Yes(T),
-    /// Ready to reject: the inner service was not asked.
-    Refused(Rejected),
+    /// Ready to reject, and `refusal` says why: the inner service was not asked.
+    Refused,
 }
 
 /// What is held while the inner service is asked whether it is ready. Dropped with it, the service (or the judgement of its
@@ -355,6 +358,7 @@ impl<S: Clone, P: Gate + Clone, C: Clone, R: Clone> Clone for Guard<S, P, C, R> 
         Self {
             inner: self.inner.clone(),
             ready: Ready::No,
+            refusal: None,
             layer: self.layer.clone(),
         }
     }
@@ -381,11 +385,12 @@ where
     type Error = R::Error;
     type Future = ResponseFuture<S, Req, P, C, R>;
 
+    #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         let now = Reading::new();
         let held = match std::mem::replace(&mut self.ready, Ready::No) {
             Ready::Reserving(held) | Ready::Yes(held) => Some(held),
-            Ready::No | Ready::Refused(_) => None,
+            Ready::No | Ready::Refused => None,
         };
         let reserved = match self.layer.policy.reserve(held, &now, cx) {
             Readiness::Ready(reserved) => reserved,
@@ -394,7 +399,8 @@ where
                 return Poll::Pending;
             }
             Readiness::Rejected(why) => {
-                self.ready = Ready::Refused(why);
+                self.ready = Ready::Refused;
+                self.refusal = Some(why);
                 return Poll::Ready(Ok(()));
             }
         };
@@ -420,11 +426,79 @@ where
         }
     }
 
+    #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
-        let layer = &self.layer;
         let now = Reading::new();
-        let reserve = || layer.policy.reserve(None, &now, &mut Context::from_waker(nobody()));
-        let reserved = match std::mem::replace(&mut self.ready, Ready::No) {
+        let admit = match std::mem::replace(&mut self.ready, Ready::No) {
+            Ready::Yes(reserved) => {
+                if let Some(permit) = self.layer.policy.glance(&reserved, &request, &now) {
+                    return self.make(Held(Some(permit)), request);
+                }
+                self.layer.policy.admit(reserved, &request, &now)
+            }
+            other => self.admit(other, &request, &now),
+        };
+        match admit {
+            Admit::Now(permit) => self.make(Held(Some(permit)), request),
+            Admit::Later(wait) => ResponseFuture {
+                state: State::Waiting {
+                    kept: Some(self.layer.keep::<S, Req>(&request)),
+                    held: Some(wait.hold(&mut self.inner, request)),
+                    wait,
+                    reject: self.layer.reject.clone(),
+                },
+            },
+            Admit::Rejected(why) => ResponseFuture {
+                state: State::Rejected {
+                    future: self.layer.reject.reject(request, why),
+                },
+            },
+        }
+    }
+}
+
+impl<P, C, R> GuardLayer<P, C, R> {
+    #[inline]
+    fn keep<S, Req>(&self, request: &Req) -> Kept<S, P, C, R, Req>
+    where
+        S: Service<Req>,
+        P: Policy<Req>,
+        C: Classify<Req, S::Response, S::Error>,
+        R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
+    {
+        (self.classify.see(request), self.reject.admitted(request))
+    }
+}
+
+impl<S, P: Gate, C, R> Guard<S, P, C, R> {
+    /// Makes a call that was admitted.
+    #[inline]
+    fn make<Req>(&mut self, mut held: Held<P::Permit>, request: Req) -> ResponseFuture<S, Req, P, C, R>
+    where
+        S: Service<Req>,
+        P: Policy<Req>,
+        P::Wait: Hold<S, Req>,
+        C: Classify<Req, S::Response, S::Error>,
+        R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
+    {
+        let kept = Some(failing_on_unwind(&mut held.0, |_| self.layer.keep::<S, Req>(&request)));
+        let inner = &mut self.inner;
+        let watch = Watch::start(held, || inner.call(request));
+        ResponseFuture {
+            state: State::Called { watch, kept },
+        }
+    }
+
+    /// Asks the policy, in the light of what the last `poll_ready` found.
+    #[cold]
+    #[inline(never)]
+    fn admit<Req>(&mut self, found: Ready<P::Reserved>, request: &Req, now: &Reading) -> Admit<P::Permit, P::Wait>
+    where
+        P: Policy<Req>,
+    {
+        let policy = &self.layer.policy;
+        let reserve = || policy.reserve(None, now, &mut Context::from_waker(nobody()));
+        let reserved = match found {
             // Called unready, which tower forbids: the inner service will say so, but the policy holds.
             Ready::Yes(reserved) | Ready::Reserving(reserved) => Ok(reserved),
             Ready::No => match reserve() {
@@ -432,36 +506,18 @@ where
                 Readiness::Rejected(why) => Err(why),
             },
             // The refusal is told as it is now, not as it was when the service was readied.
-            Ready::Refused(why) => Err(match reserve() {
-                Readiness::Rejected(why) => why,
-                Readiness::Ready(_) | Readiness::Pending(_) => why.due(),
+            Ready::Refused => Err(match (reserve(), self.refusal.take()) {
+                (Readiness::Rejected(why), _) => why,
+                (Readiness::Ready(_) | Readiness::Pending(_), why) => why.expect("told in `poll_ready`").due(),
             }),
         };
-        let admit = match reserved {
-            Ok(reserved) => layer.policy.admit(reserved, &request, &now),
+        match reserved {
+            Ok(reserved) => policy.admit(reserved, request, now),
             Err(why) => {
-                layer.policy.count(&why, &now);
+                policy.count(&why, now);
                 Admit::Rejected(why)
             }
-        };
-        let state = match admit {
-            Admit::Now(permit) => {
-                let kept = Some((layer.classify.see(&request), layer.reject.admitted(&request)));
-                let inner = &mut self.inner;
-                let watch = Watch::start(permit, || inner.call(request));
-                State::Called { watch, kept }
-            }
-            Admit::Later(wait) => State::Waiting {
-                kept: Some((layer.classify.see(&request), layer.reject.admitted(&request))),
-                held: Some(wait.hold(&mut self.inner, request)),
-                wait,
-                reject: layer.reject.clone(),
-            },
-            Admit::Rejected(why) => State::Rejected {
-                future: layer.reject.reject(request, why),
-            },
-        };
-        ResponseFuture { state }
+        }
     }
 }
 
@@ -531,6 +587,7 @@ where
 {
     type Output = Result<R::Response, R::Error>;
 
+    #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         const ONCE: &str = "polled after it was ready";
         let mut state = self.project().state;
@@ -540,8 +597,13 @@ where
                     let (result, permit) = ready!(watch.poll(cx));
                     let (seen, mut pass) = kept.take().expect(ONCE);
                     let now = Reading::new();
-                    R::tell(&mut pass, &permit, &now);
-                    return Poll::Ready(R::pass(pass, C::finish(seen, result, permit, &now)));
+                    let result = failing_on_unwind(permit, |permit| {
+                        if let Some(permit) = permit {
+                            R::tell(&mut pass, permit, &now);
+                        }
+                        C::finish_in_place(seen, result, permit, &now)
+                    });
+                    return Poll::Ready(R::pass(pass, result));
                 }
                 Projection::Waiting {
                     wait,
@@ -553,7 +615,7 @@ where
                     let held = held.take().expect(ONCE);
                     match admitted {
                         Ok(permit) => State::Called {
-                            watch: Watch::start(permit, || P::Wait::call(held)),
+                            watch: Watch::start(Held(Some(permit)), || P::Wait::call(held)),
                             kept: kept.take(),
                         },
                         Err(why) => State::Rejected {

@@ -56,6 +56,7 @@ impl Outcome {
     /// });
     /// # Ok::<(), portcullis::ConfigError>(())
     /// ```
+    #[inline]
     pub fn of<T, E: 'static>(result: &Result<T, E>) -> Self {
         match result {
             Ok(_) => Self::Success,
@@ -63,6 +64,7 @@ impl Outcome {
         }
     }
 
+    #[cold]
     pub(crate) fn of_error<E: 'static>(error: &E) -> Self {
         match Rejected::find_in(error) {
             Some(_) => Self::Ignored,
@@ -99,6 +101,7 @@ pub struct Verdict {
 impl Verdict {
     /// A verdict of which only the outcome is known.
     #[must_use]
+    #[inline]
     pub const fn new(outcome: Outcome) -> Self {
         Self {
             outcome,
@@ -124,6 +127,7 @@ impl Verdict {
 }
 
 impl From<Outcome> for Verdict {
+    #[inline]
     fn from(outcome: Outcome) -> Self {
         Self::new(outcome)
     }
@@ -135,6 +139,13 @@ impl From<Outcome> for Verdict {
 pub trait Permit: Sized {
     /// The call ended, and this is how.
     fn settle(self, verdict: Verdict, now: &Reading);
+    /// [`settle`](Self::settle) where the permit lies, for permits that are large and settled for every call. `None` is settled.
+    #[inline]
+    fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
+        if let Some(permit) = permit.take() {
+            permit.settle(verdict, now);
+        }
+    }
     /// The call was begun and abandoned: nobody waits for its result any more. `cost` is what it had cost until then, where
     /// that is known: for the limits that charge by what a request costs.
     fn cancel(self, cost: Option<u32>, now: &Reading);
@@ -176,9 +187,17 @@ impl<P: Permit> Permit for Option<P> {
 }
 
 impl<A: Permit, B: Permit> Permit for (A, B) {
+    #[inline]
     fn settle(self, verdict: Verdict, now: &Reading) {
         self.0.settle(verdict, now);
         self.1.settle(verdict, now);
+    }
+    #[inline]
+    fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
+        if let Some((first, second)) = permit.take() {
+            A::settle_in_place(&mut Some(first), verdict, now);
+            B::settle_in_place(&mut Some(second), verdict, now);
+        }
     }
     fn cancel(self, cost: Option<u32>, now: &Reading) {
         self.0.cancel(cost, now);
@@ -198,6 +217,7 @@ impl<A: Permit, B: Permit> Permit for (A, B) {
 pub(crate) struct Held<P: Permit>(pub(crate) Option<P>);
 
 impl<P: Permit> Drop for Held<P> {
+    #[inline]
     fn drop(&mut self) {
         if let Some(permit) = self.0.take() {
             permit.cancel(None, &Reading::new());
@@ -205,31 +225,35 @@ impl<P: Permit> Drop for Held<P> {
     }
 }
 
-/// Settles the permit when dropped, which only an unwinding call does: the others forget it. The permit itself would be dropped
+/// Settles the permit when dropped, which only an unwinding step does: the others forget it. The permit itself would be dropped
 /// too late to know of the panic: after `catch_unwind`, with the future.
-struct OnUnwind<'a, P: Permit, V: Fn() -> Verdict>(&'a mut Held<P>, V);
+struct OnUnwind<'a, P: Permit, V: Fn() -> Verdict>(&'a mut Option<P>, V);
 
 impl<P: Permit, V: Fn() -> Verdict> Drop for OnUnwind<'_, P, V> {
     fn drop(&mut self) {
-        if let Some(permit) = self.0.0.take() {
+        if let Some(permit) = self.0.take() {
             permit.settle(self.1(), &Reading::new());
         }
     }
 }
 
-impl<P: Permit> Held<P> {
-    /// Runs a step; a panic in it fails the permit.
-    pub(crate) fn failing_on_unwind<T>(&mut self, step: impl FnOnce() -> T) -> T {
-        self.settling_on_unwind(|| Outcome::Failure.into(), step)
-    }
+/// Runs a step; a panic in it fails the permit.
+#[inline]
+pub(crate) fn failing_on_unwind<P: Permit, T>(permit: &mut Option<P>, step: impl FnOnce(&mut Option<P>) -> T) -> T {
+    settling_on_unwind(permit, || Outcome::Failure.into(), step)
+}
 
-    /// Runs a step; a panic in it settles the permit with this verdict.
-    pub(crate) fn settling_on_unwind<T>(&mut self, verdict: impl Fn() -> Verdict, step: impl FnOnce() -> T) -> T {
-        let unwind = OnUnwind(self, verdict);
-        let done = step();
-        std::mem::forget(unwind);
-        done
-    }
+/// Runs a step; a panic in it settles the permit with this verdict.
+#[inline]
+pub(crate) fn settling_on_unwind<P: Permit, T>(
+    permit: &mut Option<P>,
+    verdict: impl Fn() -> Verdict,
+    step: impl FnOnce(&mut Option<P>) -> T,
+) -> T {
+    let unwind = OnUnwind(permit, verdict);
+    let done = step(&mut *unwind.0);
+    std::mem::forget(unwind);
+    done
 }
 
 pin_project! {
@@ -244,21 +268,21 @@ pin_project! {
 
 impl<F, P: Permit> Watch<F, P> {
     /// Makes the call. A panic inside `call` fails the permit as one inside the future does.
-    pub(crate) fn start(permit: P, call: impl FnOnce() -> F) -> Self {
-        let mut held = Held(Some(permit));
-        let future = held.failing_on_unwind(call);
+    #[inline]
+    pub(crate) fn start(mut held: Held<P>, call: impl FnOnce() -> F) -> Self {
+        let future = failing_on_unwind(&mut held.0, |_| call());
         Self { future, held }
     }
 }
 
-impl<F: Future, P: Permit> Future for Watch<F, P> {
-    type Output = (F::Output, P);
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+impl<F: Future, P: Permit> Watch<F, P> {
+    /// The call's result, and the permit, still where it was.
+    #[inline]
+    pub(crate) fn poll<'a>(self: Pin<&'a mut Self>, cx: &mut Context<'_>) -> Poll<(F::Output, &'a mut Option<P>)> {
         let this = self.project();
         let future = this.future;
-        let output = ready!(this.held.failing_on_unwind(|| future.poll(cx)));
-        let permit = this.held.0.take().expect("polled after it was ready");
-        Poll::Ready((output, permit))
+        let output = ready!(failing_on_unwind(&mut this.held.0, |_| future.poll(cx)));
+        Poll::Ready((output, &mut this.held.0))
     }
 }
 
@@ -268,7 +292,9 @@ pub(crate) async fn run<P: Permit, T, E, V: Into<Verdict>>(
     classify: impl FnOnce(&Result<T, E>) -> V,
     future: impl Future<Output = Result<T, E>>,
 ) -> Result<T, Error<E>> {
-    let (result, permit) = Watch::start(permit, || future).await;
+    let mut watch = std::pin::pin!(Watch::start(Held(Some(permit)), || future));
+    let ended = |(result, permit): (_, &mut Option<P>)| (result, permit.take());
+    let (result, permit) = std::future::poll_fn(|cx| watch.as_mut().poll(cx).map(ended)).await;
     permit.settle(classify(&result).into(), &Reading::new());
     result.map_err(Error::Inner)
 }

@@ -138,8 +138,10 @@ impl<Req, Raw, Res, Err: Into<BoxError>> Reject<Req, Raw, Res, Err> for AsError 
         }
     }
 
+    #[inline]
     fn admitted(&self, _: &Req) {}
 
+    #[inline]
     fn pass((): (), result: Result<Res, Err>) -> Result<Res, BoxError> {
         result.map_err(Into::into)
     }
@@ -202,8 +204,10 @@ where
         }
     }
 
+    #[inline]
     fn admitted(&self, _: &Req) {}
 
+    #[inline]
     fn pass((): (), result: Result<Res, Err>) -> Result<Res, Err> {
         result
     }
@@ -284,8 +288,10 @@ where
         }
     }
 
+    #[inline]
     fn admitted(&self, _: &Req) {}
 
+    #[inline]
     fn pass((): (), result: Result<Res, Err>) -> Result<Res, Err> {
         result
     }

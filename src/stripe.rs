@@ -1,84 +1,338 @@
-//! Counters that threads do not fight over, and shared state without a shared reference count.
+//! Counters that threads do not fight over, and shared state that a permit reaches without a reference count.
 //!
-//! One cache line that two cores write costs more than everything else on the admit path. So every handle owns as many
-//! *stripes* as the machine has cores; a thread always uses the same one. A stripe holds its own counters and its own
-//! reference to the shared core, and a permit holds its thread's stripe: taking and settling a permit touches no line that
-//! another core writes.
+//! One cache line that two cores write costs more than everything else on the admit path, and an atomic addition costs as
+//! much as the rest of it even where nobody else writes the line. A permit that held an `Arc` would pay for two.
+//!
+//! So a state that is built takes a *seat* in a table of fixed size, which lives as long as the program: a permit refers to the
+//! seat, and needs no count to keep it there. A seat has what the fast paths read, and a *line* of counters for each thread; a
+//! thread that has a line to itself adds with a load and a store. When the table is full, and for the many small states
+//! of a keyed set, a state *stands*: its permits hold an `Arc`, and its counters are shared. That is slower, and otherwise the
+//! same.
+//!
+//! # How a thread comes by a line of its own
+//!
+//! A thread takes the lowest free number when it first needs one, and gives it back when it ends; see [`Numbers`]. Line *n* of
+//! every seat is written by the thread with number *n* and by nobody else. One more line is for all others: threads beyond the
+//! last number, and those that drop a permit while their thread locals are torn down. They add atomically.
+//!
+//! # How a seat becomes free
+//!
+//! Every line counts the shares that were begun there and those that were ended there; a share may end on another thread than
+//! it began on. When the last handle is gone nothing can begin any more, so once the sums are equal nobody refers to the
+//! seat. Whoever drops the last handle looks, and if shares are left marks the seat as *closing*; whoever ends a share looks for
+//! that mark, and then at the sums. The end of a share is a `Release` store and the sums are read with `Acquire`: what was done
+//! with a share happened before the seat is cleared. A share that ends in the very moment in which the last handle goes may
+//! miss the mark while the other misses its end (neither pays for a fence); then the seat is cleared with the next one that is
+//! taken or left.
 
 use std::{
+    any::Any,
     cell::Cell,
     ops::Deref,
     sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    thread,
 };
 
-/// Above this many cores, threads share stripes: reading a status walks all of them, and each costs 256 bytes.
-const MOST_STRIPES: usize = 64;
+/// How many states may sit at once. A seat takes 8 kB, of which only those pages exist that were ever used.
+const SEATS: usize = 256;
 
-/// One thread's share of a `Striped`. The alignment keeps neighbours (and the line that a prefetcher pulls along) apart.
+/// How many threads have lines of their own. Reading a status walks all of them.
+const OWN_LINES: usize = 64;
+
+/// How many counters a state may have. Two more count its shares.
+pub(crate) const COUNTERS: usize = 14;
+const BEGUN: usize = 14;
+const ENDED: usize = 15;
+
+/// Counters that one thread writes, or all those that have no line to themselves. The alignment keeps neighbours (and the line that a prefetcher
+/// pulls along) apart.
 #[repr(align(128))]
-pub(crate) struct Stripe<T, const N: usize> {
-    core: Arc<T>,
-    counts: [AtomicU64; N],
+struct Line([AtomicU64; COUNTERS + 2]);
+
+impl Line {
+    const fn zero() -> Self {
+        Self([const { AtomicU64::new(0) }; COUNTERS + 2])
+    }
+
+    /// Adds to a line that only this thread writes. `Release`, for the ends of shares; counters order nothing, and a reader that
+    /// joined the writing threads sees their sums.
+    #[inline]
+    fn add_as_owner(&self, counter: usize, n: u64) {
+        let count = &self.0[counter];
+        count.store(count.load(Ordering::Relaxed).wrapping_add(n), Ordering::Release);
+    }
+
+    fn add_as_one_of_many(&self, counter: usize, n: u64) {
+        self.0[counter].fetch_add(n, Ordering::Release);
+    }
 }
 
-impl<T, const N: usize> Stripe<T, N> {
-    /// Adds to one of the counters. `Relaxed`: a counter orders nothing, and a reader that joined the writing threads sees
-    /// their sums.
+/// What the fast paths of a state read: words of its own choice, on a line that only changes when the state does.
+#[repr(align(128))]
+pub(crate) struct Hot {
+    pub(crate) words: [AtomicU64; 4],
+    /// Whether the last handle is gone and shares are left.
+    closing: AtomicBool,
+}
+
+impl Hot {
+    const fn new() -> Self {
+        Self {
+            words: [const { AtomicU64::new(0) }; 4],
+            closing: AtomicBool::new(false),
+        }
+    }
+}
+
+struct Seat {
+    hot: Hot,
+    /// For the threads without a line.
+    shared: Line,
+    /// By the number of the thread that writes it.
+    own: [Line; OWN_LINES],
+    /// The state that sits here, for those who have a share and need more than what is hot.
+    state: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
+}
+
+static TABLE: [Seat; SEATS] = [const { Seat::new() }; SEATS];
+
+/// Which seats are taken, and whether there may be some to clear.
+static TAKEN_SEATS: Mutex<[bool; SEATS]> = Mutex::new([false; SEATS]);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Seat {
+    const fn new() -> Self {
+        Self {
+            hot: Hot::new(),
+            shared: Line::zero(),
+            own: [const { Line::zero() }; OWN_LINES],
+            state: Mutex::new(None),
+        }
+    }
+
+    /// The line that only this thread writes, if it has one.
+    #[inline]
+    fn own_line(&self) -> Option<&Line> {
+        self.own.get(NUMBER.get())
+    }
+
+    #[inline]
+    fn add(&self, counter: usize, n: u64) {
+        match self.own_line() {
+            Some(line) => line.add_as_owner(counter, n),
+            None => self.add_otherwise(counter, n),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn add_otherwise(&self, counter: usize, n: u64) {
+        if NUMBER.get() == UNSET {
+            take_number();
+        }
+        match self.own_line() {
+            Some(line) => line.add_as_owner(counter, n),
+            None => self.shared.add_as_one_of_many(counter, n),
+        }
+    }
+
+    fn lines(&self) -> impl Iterator<Item = &Line> {
+        self.own.iter().chain([&self.shared])
+    }
+
+    fn sum(&self, counter: usize) -> u64 {
+        self.lines()
+            .map(|line| line.0[counter].load(Ordering::Acquire))
+            .fold(0, u64::wrapping_add)
+    }
+
+    /// A free seat, if there is one. Seats that were left unnoticed are found here.
+    fn take() -> Option<&'static Self> {
+        TABLE.iter().for_each(Self::clear_if_left);
+        let mut taken = lock(&TAKEN_SEATS);
+        let free = taken.iter().position(|taken| !taken)?;
+        taken[free] = true;
+        Some(&TABLE[free])
+    }
+
+    /// Marks that the last handle is gone.
+    fn leave(&self) {
+        self.hot.closing.store(true, Ordering::SeqCst);
+        self.clear_if_left();
+    }
+
+    /// Clears the seat for the next state if the last handle is gone and every share has ended.
+    #[cold]
+    #[inline(never)]
+    fn clear_if_left(&self) {
+        if !self.hot.closing.load(Ordering::Acquire) {
+            return;
+        }
+        let mut state = lock(&self.state);
+        // Again, under the lock: another may have cleared it and a new state may sit here.
+        if !self.hot.closing.load(Ordering::Acquire) || self.sum(BEGUN) != self.sum(ENDED) {
+            return;
+        }
+        let left = state.take();
+        let hot = self.hot.words.iter();
+        let counts = self.lines().flat_map(|line| &line.0);
+        hot.chain(counts).for_each(|word| word.store(0, Ordering::Relaxed));
+        self.hot.closing.store(false, Ordering::Release);
+        drop(state);
+        if let Some(place) = TABLE.iter().position(|seat| std::ptr::eq(seat, self)) {
+            lock(&TAKEN_SEATS)[place] = false;
+        }
+        // Outside the locks: listeners are dropped with it.
+        drop(left);
+    }
+}
+
+/// Where a state keeps what the fast paths read, and its counters.
+pub(crate) struct Home(HomeKind);
+
+enum HomeKind {
+    Seat(&'static Seat),
+    Standing(Box<Standing>),
+}
+
+struct Standing {
+    hot: Hot,
+    line: Line,
+}
+
+impl Home {
+    #[inline]
+    pub(crate) fn hot(&self) -> &Hot {
+        match &self.0 {
+            HomeKind::Seat(seat) => &seat.hot,
+            HomeKind::Standing(standing) => &standing.hot,
+        }
+    }
+
+    /// Adds to one of the counters.
+    #[inline]
     pub(crate) fn add(&self, counter: usize, n: u64) {
-        self.counts[counter].fetch_add(n, Ordering::Relaxed);
-    }
-}
-
-impl<T, const N: usize> Deref for Stripe<T, N> {
-    type Target = T;
-    fn deref(&self) -> &T {
-        &self.core
-    }
-}
-
-/// A core of type `T` shared by every clone, with `N` striped counters.
-pub(crate) struct Striped<T, const N: usize>(Arc<[Arc<Stripe<T, N>>]>);
-
-impl<T, const N: usize> Striped<T, N> {
-    pub(crate) fn new(core: T) -> Self {
-        let core = Arc::new(core);
-        let stripe = || Stripe {
-            core: core.clone(),
-            counts: std::array::from_fn(|_| AtomicU64::new(0)),
-        };
-        Self((0..stripes()).map(|_| Arc::new(stripe())).collect())
+        match &self.0 {
+            HomeKind::Seat(seat) => seat.add(counter, n),
+            HomeKind::Standing(standing) => standing.line.add_as_one_of_many(counter, n),
+        }
     }
 
-    /// The same with one stripe for all threads: for many cores of which each is used little.
-    pub(crate) fn single(core: T) -> Self {
-        let stripe = Stripe {
-            core: Arc::new(core),
-            counts: std::array::from_fn(|_| AtomicU64::new(0)),
-        };
-        Self(Arc::new([Arc::new(stripe)]))
-    }
-
-    /// Whether nobody else holds this handle or one of its stripes.
-    pub(crate) fn is_sole(&mut self) -> bool {
-        Arc::get_mut(&mut self.0).is_some_and(|stripes| stripes.iter_mut().all(|stripe| Arc::get_mut(stripe).is_some()))
-    }
-
-    /// The calling thread's stripe.
-    pub(crate) fn local(&self) -> &Arc<Stripe<T, N>> {
-        // The number of stripes is a power of two.
-        &self.0[thread_index() & (self.0.len() - 1)]
-    }
-
-    /// The sum of one counter over all stripes. It never falls between two calls.
+    /// The sum of one counter over all lines. It never falls between two calls.
     pub(crate) fn sum(&self, counter: usize) -> u64 {
-        self.0
-            .iter()
-            .map(|stripe| stripe.counts[counter].load(Ordering::Relaxed))
-            .sum()
+        match &self.0 {
+            HomeKind::Seat(seat) => seat.sum(counter),
+            HomeKind::Standing(standing) => standing.line.0[counter].load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// What a state of handles and shares must tell.
+pub(crate) trait Homed: Send + Sync + 'static {
+    fn home(&self) -> &Home;
+}
+
+/// A handle of a state that every clone shares.
+pub(crate) struct Striped<T: Homed>(Arc<Root<T>>);
+
+struct Root<T: Homed> {
+    /// Where the state sits; here, too, because the hot paths begin here.
+    seat: Option<&'static Seat>,
+    state: Arc<T>,
+}
+
+impl<T: Homed> Drop for Root<T> {
+    fn drop(&mut self) {
+        if let Some(seat) = self.seat {
+            seat.leave();
+        }
+    }
+}
+
+impl<T: Homed> Striped<T> {
+    /// A state that sits, if there is a seat left.
+    pub(crate) fn new(make: impl FnOnce(Home) -> T) -> Self {
+        let Some(seat) = Seat::take() else {
+            return Self::standing(make);
+        };
+        let mut root = Self::with(make, Home(HomeKind::Seat(seat)));
+        root.seat = Some(seat);
+        *lock(&seat.state) = Some(root.state.clone());
+        Self(Arc::new(root))
+    }
+
+    /// A state that stands: for many of which each is used little.
+    pub(crate) fn standing(make: impl FnOnce(Home) -> T) -> Self {
+        let standing = Standing {
+            hot: Hot::new(),
+            line: Line::zero(),
+        };
+        Self(Arc::new(Self::with(make, Home(HomeKind::Standing(Box::new(standing))))))
+    }
+
+    fn with(make: impl FnOnce(Home) -> T, home: Home) -> Root<T> {
+        Root {
+            seat: None,
+            state: Arc::new(make(home)),
+        }
+    }
+
+    /// Whether nobody else holds this handle or, of a state that stands, a share.
+    pub(crate) fn is_sole(&mut self) -> bool {
+        Arc::get_mut(&mut self.0).is_some_and(|root| Arc::get_mut(&mut root.state).is_some())
+    }
+
+    #[inline]
+    pub(crate) fn hot(&self) -> &Hot {
+        match self.0.seat {
+            Some(seat) => &seat.hot,
+            None => self.0.state.home().hot(),
+        }
+    }
+
+    /// Adds to one of the counters.
+    #[inline]
+    pub(crate) fn add(&self, counter: usize, n: u64) {
+        match self.0.seat {
+            Some(seat) => seat.add(counter, n),
+            None => self.0.state.home().add(counter, n),
+        }
+    }
+
+    /// A share, for a permit.
+    #[inline]
+    pub(crate) fn share(&self) -> Share<T> {
+        match self.0.seat {
+            Some(seat) => {
+                seat.add(BEGUN, 1);
+                Share::Sitting(Sitting(seat))
+            }
+            None => Share::Standing(self.0.state.clone()),
+        }
+    }
+
+    /// Adds to some counters and takes a share, in one go.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    pub(crate) fn count_and_share<const K: usize>(&self, counts: [(usize, u64); K]) -> Share<T> {
+        if let Some(seat) = self.0.seat
+            && let Some(line) = seat.own_line()
+        {
+            for (counter, n) in counts {
+                line.add_as_owner(counter, n);
+            }
+            line.add_as_owner(BEGUN, 1);
+            return Share::Sitting(Sitting(seat));
+        }
+        for (counter, n) in counts {
+            self.add(counter, n);
+        }
+        self.share()
     }
 
     /// Whether both are handles of one state.
@@ -87,43 +341,152 @@ impl<T, const N: usize> Striped<T, N> {
     }
 }
 
-impl<T, const N: usize> Clone for Striped<T, N> {
+impl<T: Homed> Clone for Striped<T> {
+    #[inline]
     fn clone(&self) -> Self {
         Self(self.0.clone())
     }
 }
 
-impl<T, const N: usize> Deref for Striped<T, N> {
+impl<T: Homed> Deref for Striped<T> {
     type Target = T;
+    #[inline]
     fn deref(&self) -> &T {
-        &self.0[0].core
+        &self.0.state
     }
 }
 
-fn stripes() -> usize {
-    // Asking the system reads files on Linux; the answer does not change.
-    static STRIPES: OnceLock<usize> = OnceLock::new();
-    *STRIPES.get_or_init(|| {
-        thread::available_parallelism()
-            .map_or(1, usize::from)
-            .next_power_of_two()
-            .min(MOST_STRIPES)
-    })
+/// What a permit holds of a state: as long as there is one, the state is there.
+pub(crate) enum Share<T: Homed> {
+    Sitting(Sitting),
+    Standing(Arc<T>),
 }
 
-fn thread_index() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    const UNSET: usize = usize::MAX;
-    thread_local! {
-        static INDEX: Cell<usize> = const { Cell::new(UNSET) };
+/// A share in a seat: begun, and ended when dropped.
+pub(crate) struct Sitting(&'static Seat);
+
+impl Drop for Sitting {
+    #[inline]
+    fn drop(&mut self) {
+        self.end();
     }
-    // A permit may be dropped by another thread-local's destructor, when this one is gone: any stripe will do then.
-    INDEX
-        .try_with(|index| {
-            if index.get() == UNSET {
-                index.set(NEXT.fetch_add(1, Ordering::Relaxed) % MOST_STRIPES);
+}
+
+impl Sitting {
+    #[inline]
+    pub(crate) fn hot(&self) -> &Hot {
+        &self.0.hot
+    }
+
+    /// Ends the share, which is to be forgotten now.
+    #[inline]
+    pub(crate) fn end(&self) {
+        self.0.add(ENDED, 1);
+        if self.0.hot.closing.load(Ordering::Acquire) {
+            self.0.clear_if_left();
+        }
+    }
+
+    /// Adds one to a counter and ends the share, which is to be forgotten now.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    pub(crate) fn count_and_end(&self, counter: usize) {
+        let seat = self.0;
+        if let Some(line) = seat.own_line() {
+            line.add_as_owner(counter, 1);
+            line.add_as_owner(ENDED, 1);
+        } else {
+            seat.add_otherwise(counter, 1);
+            seat.add_otherwise(ENDED, 1);
+        }
+        if seat.hot.closing.load(Ordering::Acquire) {
+            seat.clear_if_left();
+        }
+    }
+}
+
+impl<T: Homed> Share<T> {
+    #[inline]
+    pub(crate) fn hot(&self) -> &Hot {
+        match self {
+            Self::Sitting(sitting) => &sitting.0.hot,
+            Self::Standing(state) => state.home().hot(),
+        }
+    }
+
+    /// Adds to one of the counters.
+    #[inline]
+    pub(crate) fn add(&self, counter: usize, n: u64) {
+        match self {
+            Self::Sitting(sitting) => sitting.0.add(counter, n),
+            Self::Standing(state) => state.home().add(counter, n),
+        }
+    }
+
+    /// The whole state, for what is not hot.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn state(&self) -> Arc<T> {
+        match self {
+            Self::Sitting(sitting) => {
+                let state = lock(&sitting.0.state).clone();
+                match state.map(Arc::downcast) {
+                    Some(Ok(state)) => state,
+                    _ => unreachable!("a state stays in its seat while there are shares"),
+                }
             }
-            index.get()
-        })
-        .unwrap_or(0)
+            Self::Standing(state) => state.clone(),
+        }
+    }
+}
+
+/// Which numbers are taken, a bit each. The lock also hands a line over: what the thread before wrote there happened before
+/// its number was given back, and that before the next thread takes it.
+struct Numbers(Mutex<u64>);
+
+static NUMBERS: Numbers = Numbers(Mutex::new(0));
+
+impl Numbers {
+    /// The lowest free number, if there is one.
+    fn take(&self) -> Option<usize> {
+        let mut taken = lock(&self.0);
+        let lowest = taken.trailing_ones();
+        *taken |= 1u64.checked_shl(lowest)?;
+        Some(lowest as usize)
+    }
+
+    fn give_back(&self, number: usize) {
+        *lock(&self.0) &= !(1 << number);
+    }
+}
+
+/// A thread's number, until the thread ends.
+struct Taken(usize);
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        // What other thread locals still drop after this is counted in the line of all.
+        NUMBER.set(NONE);
+        NUMBERS.give_back(self.0);
+    }
+}
+
+/// In place of a number: not asked for yet, or none to be had. Neither is the number of a line.
+const UNSET: usize = usize::MAX;
+const NONE: usize = usize::MAX - 1;
+
+thread_local! {
+    // Without a destructor, so there is no moment at which it cannot be read, and nothing to look at before it is.
+    static NUMBER: Cell<usize> = const { Cell::new(UNSET) };
+    static TAKEN: Cell<Option<Taken>> = const { Cell::new(None) };
+}
+
+fn take_number() {
+    // Where the thread is ending already nobody would give a number back.
+    let number = TAKEN.try_with(|kept| {
+        let number = NUMBERS.take()?;
+        kept.set(Some(Taken(number)));
+        Some(number)
+    });
+    NUMBER.set(number.ok().flatten().unwrap_or(NONE));
 }

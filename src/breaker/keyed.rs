@@ -105,7 +105,7 @@ struct Sums {
 impl Sums {
     fn add(&mut self, breaker: &CircuitBreaker, transitions: StateTransitions) {
         for (counter, sum) in self.counts.iter_mut().enumerate() {
-            *sum += breaker.shared.sum(counter);
+            *sum += breaker.shared.home.sum(counter);
         }
         self.transitions.closed_to_open += transitions.closed_to_open;
         self.transitions.open_to_half_open += transitions.open_to_half_open;
@@ -159,13 +159,9 @@ impl KeyedCircuitBreakerBuilder {
         let settings = self.config.validate()?;
         let max_keys = within("max_keys", self.max_keys, &(1..=1 << 20))?;
         let hub = Arc::<Hub>::default();
-        let overflow = Core::new(
-            name.clone(),
-            self.clock.clone(),
-            self.config.clone(),
-            settings.clone(),
-            hub.clone(),
-        );
+        let (named, clock) = (name.clone(), self.clock.clone());
+        let (config, checked, shared_hub) = (self.config.clone(), settings.clone(), hub.clone());
+        let overflow = Striped::new(|home| Core::new(named, clock, config, checked, shared_hub, home));
         Ok(KeyedCircuitBreaker {
             set: Arc::new(Set {
                 name,
@@ -177,9 +173,7 @@ impl KeyedCircuitBreakerBuilder {
                 hub,
                 shards: Shards::default(),
                 books: Mutex::default(),
-                overflow: CircuitBreaker {
-                    shared: Striped::new(overflow),
-                },
+                overflow: CircuitBreaker { shared: overflow },
                 keyless: AtomicU64::new(0),
             }),
         })
@@ -192,15 +186,18 @@ impl Set {
     }
 
     fn new_breaker(&self) -> CircuitBreaker {
-        let core = Core::new(
-            self.name.clone(),
-            self.clock.clone(),
-            self.config.clone(),
-            self.settings.clone(),
-            self.hub.clone(),
-        );
+        let core = |home| {
+            Core::new(
+                self.name.clone(),
+                self.clock.clone(),
+                self.config.clone(),
+                self.settings.clone(),
+                self.hub.clone(),
+                home,
+            )
+        };
         CircuitBreaker {
-            shared: Striped::single(core),
+            shared: Striped::standing(core),
         }
     }
 

@@ -40,7 +40,7 @@ use crate::{
     permit::{Outcome, Verdict, run},
     rejected::{Error, Reason, Rejected},
     state::{Override, State},
-    stripe::{Stripe, Striped},
+    stripe::{Home, Homed, Hot, Striped},
     subscribe::Events,
 };
 use config::Settings;
@@ -90,11 +90,7 @@ mod word {
 struct Core {
     name: Name,
     clock: Clock,
-    word: AtomicU64,
-    /// When a refusing word stops being true, in the clock's nanoseconds.
-    until: AtomicU64,
-    /// From which length a call is slow, in nanoseconds.
-    slow: AtomicU64,
+    home: Home,
     machine: Mutex<Machine>,
     /// The config as the user wrote it; the machine has it checked and completed.
     config: Mutex<CircuitBreakerConfig>,
@@ -103,7 +99,36 @@ struct Core {
     waiters: Waiters,
 }
 
-type CoreStripe = Stripe<Core, { counter::COUNTERS }>;
+impl Homed for Core {
+    fn home(&self) -> &Home {
+        &self.home
+    }
+}
+
+/// What the hot paths read, by name.
+trait Words {
+    /// The packed word; see the module's documentation.
+    fn word(&self) -> &AtomicU64;
+    /// When a refusing word stops being true, in the clock's nanoseconds.
+    fn until(&self) -> &AtomicU64;
+    /// From which length a call is slow, in nanoseconds.
+    fn slow(&self) -> &AtomicU64;
+}
+
+impl Words for Hot {
+    #[inline]
+    fn word(&self) -> &AtomicU64 {
+        &self.words[0]
+    }
+    #[inline]
+    fn until(&self) -> &AtomicU64 {
+        &self.words[1]
+    }
+    #[inline]
+    fn slow(&self) -> &AtomicU64 {
+        &self.words[2]
+    }
+}
 
 /// A circuit breaker: stops calling a service that keeps failing, and finds out when it is well again.
 ///
@@ -140,7 +165,7 @@ type CoreStripe = Stripe<Core, { counter::COUNTERS }>;
 /// of calls, and 8 bytes for each failure that [`failures_within`](CircuitBreakerConfig::failures_within) remembers.
 #[derive(Clone)]
 pub struct CircuitBreaker {
-    shared: Striped<Core, { counter::COUNTERS }>,
+    shared: Striped<Core>,
 }
 
 /// Makes a [`CircuitBreaker`]; from [`CircuitBreaker::builder`]. Its settings are those of [`CircuitBreakerConfig`].
@@ -179,7 +204,7 @@ impl CircuitBreakerBuilder {
     pub fn build(self) -> Result<CircuitBreaker, ConfigError> {
         let name = Name::new("name", &self.name)?;
         let settings = self.config.validate()?;
-        let core = Core::new(name, self.clock, self.config, settings, Arc::default());
+        let core = |home| Core::new(name, self.clock, self.config, settings, Arc::default(), home);
         Ok(CircuitBreaker {
             shared: Striped::new(core),
         })
@@ -187,14 +212,19 @@ impl CircuitBreakerBuilder {
 }
 
 impl Core {
-    fn new(name: Name, clock: Clock, config: CircuitBreakerConfig, settings: Settings, hub: Arc<Hub>) -> Self {
+    fn new(
+        name: Name,
+        clock: Clock,
+        config: CircuitBreakerConfig,
+        settings: Settings,
+        hub: Arc<Hub>,
+        home: Home,
+    ) -> Self {
         let machine = Machine::new(settings, clock.now());
         let core = Self {
             name,
             clock,
-            word: AtomicU64::new(word::BUSY),
-            until: AtomicU64::new(0),
-            slow: AtomicU64::new(u64::MAX),
+            home,
             machine: Mutex::new(machine),
             config: Mutex::new(config),
             hub,
@@ -252,13 +282,14 @@ impl Core {
             | flag(machine.state() == State::HalfOpen, word::HALF_OPEN)
             | machine.generation() << word::GENERATION_SHIFT;
         let until = until.map_or(0, Timestamp::nanos);
-        self.slow.store(slow.unwrap_or(u64::MAX), Ordering::Relaxed);
-        if self.until.load(Ordering::Relaxed) != until {
-            self.word.store(word::BUSY, Ordering::Relaxed);
-            self.until.store(until, Ordering::Release);
+        let hot = self.home.hot();
+        hot.slow().store(slow.unwrap_or(u64::MAX), Ordering::Relaxed);
+        if hot.until().load(Ordering::Relaxed) != until {
+            hot.word().store(word::BUSY, Ordering::Relaxed);
+            hot.until().store(until, Ordering::Release);
         }
-        if self.word.load(Ordering::Relaxed) != word {
-            self.word.store(word, Ordering::Release);
+        if hot.word().load(Ordering::Relaxed) != word {
+            hot.word().store(word, Ordering::Release);
         }
     }
 
@@ -306,25 +337,29 @@ impl CircuitBreaker {
     }
 
     /// Asks without leaving a trace of a refusal: `poll_ready` may ask many times for one call.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn acquire_uncounted(&self, now: &Reading) -> Result<CircuitBreakerPermit, Rejected> {
-        let stripe = self.shared.local();
-        let core: &Core = stripe;
-        let word = core.word.load(Ordering::Acquire);
-        match word & word::MODE {
-            word::CLOSED => Ok(CircuitBreakerPermit::new(stripe, word, None, now)),
-            word::DISABLED => Ok(CircuitBreakerPermit::untracked()),
-            word::FORCED_OPEN => Err(core.rejected(Reason::ForcedOpen, None, None)),
-            _ => self.ask_machine(stripe, word, now),
+        let word = self.shared.hot().word().load(Ordering::Acquire);
+        if word & word::MODE == word::CLOSED {
+            Ok(CircuitBreakerPermit::new(&self.shared, word, None, now))
+        } else {
+            self.acquire_otherwise(word, now)
         }
     }
 
-    fn ask_machine(
-        &self,
-        stripe: &Arc<CoreStripe>,
-        word: u64,
-        reading: &Reading,
-    ) -> Result<CircuitBreakerPermit, Rejected> {
-        let core: &Core = stripe;
+    #[cold]
+    #[inline(never)]
+    fn acquire_otherwise(&self, word: u64, now: &Reading) -> Result<CircuitBreakerPermit, Rejected> {
+        match word & word::MODE {
+            word::DISABLED => Ok(CircuitBreakerPermit::untracked()),
+            word::FORCED_OPEN => Err(self.shared.rejected(Reason::ForcedOpen, None, None)),
+            _ => self.ask_machine(word, now),
+        }
+    }
+
+    fn ask_machine(&self, word: u64, reading: &Reading) -> Result<CircuitBreakerPermit, Rejected> {
+        let core: &Core = &self.shared;
         let now = reading.at(&core.clock);
         let (answer, word) = match self.refused_by_word(word, now) {
             Some(refusal) => (Err(refusal), word),
@@ -347,7 +382,7 @@ impl CircuitBreaker {
         };
         match answer {
             Ok(_) if word & word::MODE == word::DISABLED => Ok(CircuitBreakerPermit::untracked()),
-            Ok(lease) => Ok(CircuitBreakerPermit::new(stripe, word, lease, reading)),
+            Ok(lease) => Ok(CircuitBreakerPermit::new(&self.shared, word, lease, reading)),
             Err(Refusal { reason, until }) => Err(core.rejected(reason, until, Some(now))),
         }
     }
@@ -358,13 +393,13 @@ impl CircuitBreaker {
             return None;
         }
         let core: &Core = &self.shared;
-        let until = Timestamp::from_nanos(core.until.load(Ordering::Acquire));
+        let until = Timestamp::from_nanos(core.home.hot().until().load(Ordering::Acquire));
         let reason = if word & word::HALF_OPEN == 0 {
             Reason::Open
         } else {
             Reason::HalfOpenFull
         };
-        let refused = now < until && core.word.load(Ordering::Acquire) == word;
+        let refused = now < until && core.home.hot().word().load(Ordering::Acquire) == word;
         refused.then_some(Refusal {
             reason,
             until: Some(until),
@@ -373,8 +408,8 @@ impl CircuitBreaker {
 
     /// Counts a rejection and tells the listeners. Called once for every call that was rejected.
     pub(crate) fn count(&self, why: &Rejected, now: &Reading) {
-        let stripe = self.shared.local();
-        stripe.add(
+        let core = &self.shared;
+        core.add(
             match why.reason {
                 Reason::HalfOpenFull => counter::REJECTED_HALF_OPEN,
                 Reason::ForcedOpen => counter::REJECTED_FORCED,
@@ -382,13 +417,13 @@ impl CircuitBreaker {
             },
             1,
         );
-        stripe.hub.rejected(why, || now.at(&stripe.clock));
+        core.hub.rejected(why, || now.at(&core.clock));
     }
 
     /// The refusal that the next call would meet, without taking anything.
     pub(crate) fn peek(&self, now: &Reading) -> Option<Rejected> {
         let core: &Core = &self.shared;
-        let word = core.word.load(Ordering::Acquire);
+        let word = core.home.hot().word().load(Ordering::Acquire);
         match word & word::MODE {
             word::CLOSED | word::DISABLED => None,
             word::FORCED_OPEN => Some(core.rejected(Reason::ForcedOpen, None, None)),
@@ -403,36 +438,84 @@ impl CircuitBreaker {
     }
 
     /// Keeps or takes what a readied service needs: a probe's slot if the circuit is half-open, nothing if it is closed.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     pub(crate) fn reserve(&self, held: Option<Reservation>, now: &Reading) -> Result<Reservation, Rejected> {
+        // A closed circuit promises nothing: `call` looks again.
+        if held.as_ref().is_none_or(Reservation::is_empty) && self.is_admitting() {
+            Ok(Reservation::default())
+        } else {
+            self.reserve_probe(held, now)
+        }
+    }
+
+    /// Whether the circuit is closed, or disabled, so that every call passes.
+    #[inline]
+    fn is_admitting(&self) -> bool {
+        let mode = self.shared.hot().word().load(Ordering::Acquire) & word::MODE;
+        mode == word::CLOSED || mode == word::DISABLED
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn reserve_probe(&self, held: Option<Reservation>, now: &Reading) -> Result<Reservation, Rejected> {
         if let Some(held) = held
             && held.still_holds(now)
         {
             return Ok(held);
         }
-        let core: &Core = &self.shared;
-        match core.word.load(Ordering::Acquire) & word::MODE {
-            // A closed circuit promises nothing: `call` looks again.
-            word::CLOSED | word::DISABLED => Ok(Reservation::default()),
-            _ => self.acquire_uncounted(now).map(Reservation::of),
+        if self.is_admitting() {
+            return Ok(Reservation::default());
         }
+        self.acquire_uncounted(now).map(Reservation::of)
     }
 
     /// The permit for a call by a readied service.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     pub(crate) fn redeem(&self, reserved: Reservation, now: &Reading) -> Result<CircuitBreakerPermit, Rejected> {
-        self.redeem_uncounted(reserved, now)
-            .inspect_err(|why| self.count(why, now))
+        match self.redeem_uncounted(reserved, now) {
+            Ok(permit) => Ok(permit),
+            Err(why) => {
+                self.count(&why, now);
+                Err(why)
+            }
+        }
     }
 
     /// The same, a refusal leaving no trace.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     pub(crate) fn redeem_uncounted(
         &self,
         reserved: Reservation,
         now: &Reading,
     ) -> Result<CircuitBreakerPermit, Rejected> {
+        if reserved.is_empty() {
+            return self.acquire_uncounted(now);
+        }
         match reserved.redeem(now) {
             Some(permit) => Ok(permit),
             None => self.acquire_uncounted(now),
         }
+    }
+
+    /// The permit for a call by a readied service, if the circuit is closed.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    pub(crate) fn glance(&self, reserved: &Reservation, now: &Reading) -> Option<CircuitBreakerPermit> {
+        let word = self.shared.hot().word().load(Ordering::Acquire);
+        if reserved.is_empty() && word & word::MODE == word::CLOSED {
+            Some(CircuitBreakerPermit::new(&self.shared, word, None, now))
+        } else {
+            None
+        }
+    }
+
+    /// Whether a call by a readied service would be admitted now, without asking the machine.
+    #[inline]
+    pub(crate) fn surely_admits(&self, reserved: &Reservation) -> bool {
+        reserved.is_empty() && self.is_admitting()
     }
 
     /// Makes a call if the breaker admits it; an error is a failure, unless it is a rejection by another portcullis policy (seen
@@ -516,7 +599,9 @@ impl CircuitBreaker {
             // Under the machine's lock, as `reconfigure` writes it: the config belongs to the view.
             (machine.view(now), self.config())
         };
-        CircuitBreakerStatus::new(core.name.clone(), view, config, now, |counter| self.shared.sum(counter))
+        CircuitBreakerStatus::new(core.name.clone(), view, config, now, |counter| {
+            self.shared.home.sum(counter)
+        })
     }
 
     /// The config as it was given.

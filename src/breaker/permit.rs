@@ -1,16 +1,14 @@
 use super::{
-    Core, CoreStripe, counter,
+    Core, Words, counter,
     machine::{Ended, Lease},
     word,
 };
 use crate::{
     clock::{Reading, Timestamp},
     permit::{Outcome, Permit, Verdict},
+    stripe::{Share, Striped},
 };
-use std::{
-    fmt,
-    sync::{Arc, atomic::Ordering},
-};
+use std::{fmt, sync::atomic::Ordering};
 
 /// Leave to make one call. Tell it how the call ended with [`settle`](Self::settle).
 ///
@@ -30,27 +28,32 @@ use std::{
 #[must_use = "a permit that is dropped counts as a cancelled call"]
 pub struct CircuitBreakerPermit {
     /// `None` once settled, and for a disabled breaker, which wants to know nothing.
-    stripe: Option<Arc<CoreStripe>>,
-    generation: u64,
-    lease: Option<Lease>,
+    share: Option<Share<Core>>,
+    /// The word under which the call was admitted.
+    word: u64,
+    /// A probe's place; boxed, because few calls are probes and every future has room for it.
+    lease: Option<Box<Lease>>,
     /// When the call began, if it matters how long it takes.
     started: Option<Timestamp>,
 }
 
 impl CircuitBreakerPermit {
-    pub(super) fn new(stripe: &Arc<CoreStripe>, word: u64, lease: Option<Lease>, now: &Reading) -> Self {
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    pub(super) fn new(shared: &Striped<Core>, word: u64, lease: Option<Lease>, now: &Reading) -> Self {
+        let timed = word & word::TIMED != 0;
         Self {
-            stripe: Some(stripe.clone()),
-            generation: word::generation(word),
-            lease,
-            started: (word & word::TIMED != 0).then(|| now.at(&stripe.clock)),
+            share: Some(shared.share()),
+            word,
+            lease: lease.map(Box::new),
+            started: timed.then(|| now.at(&shared.clock)),
         }
     }
 
     pub(super) fn untracked() -> Self {
         Self {
-            stripe: None,
-            generation: 0,
+            share: None,
+            word: 0,
             lease: None,
             started: None,
         }
@@ -68,23 +71,44 @@ impl CircuitBreakerPermit {
 
     /// Whether a reserved probe is still one: its generation runs and its lease holds the slot.
     pub(super) fn still_holds(&self, now: &Reading) -> bool {
-        let (Some(stripe), Some(lease)) = (&self.stripe, self.lease) else {
+        let (Some(share), Some(lease)) = (&self.share, self.lease.as_deref()) else {
             return false;
         };
-        let now = now.at(&stripe.clock);
+        let core = share.state();
+        let now = now.at(&core.clock);
         // Not from the word: a busy one names no generation.
-        let machine = stripe.machine();
-        machine.generation() == self.generation && machine.holds(lease, now)
+        let machine = core.machine();
+        machine.generation() == word::generation(self.word) && machine.holds(*lease, now)
     }
 
-    fn end(&mut self, end: End, reading: &Reading) {
-        let Some(stripe) = self.stripe.take() else {
+    #[cold]
+    #[inline(never)]
+    fn abandon(&mut self) {
+        let end = if std::thread::panicking() {
+            End::Verdict(Outcome::Failure.into())
+        } else {
+            End::Cancelled
+        };
+        self.end_as(end, &Reading::new());
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn end(permit: &mut Option<Self>, end: End, now: &Reading) {
+        if let Some(mut permit) = permit.take() {
+            permit.end_as(end, now);
+        }
+    }
+
+    fn end_as(&mut self, end: End, reading: &Reading) {
+        let Some(share) = self.share.take() else {
             return;
         };
-        let core: &Core = &stripe;
-        let long = self.started.is_some_and(|started| {
+        let (admitted, lease, started) = (self.word, self.lease.take(), self.started);
+        let core = share.state();
+        let long = started.is_some_and(|started| {
             let took = reading.at(&core.clock).nanos().saturating_sub(started.nanos());
-            took >= core.slow.load(Ordering::Relaxed)
+            took >= share.hot().slow().load(Ordering::Relaxed)
         });
         let (verdict, cancelled) = match end {
             End::Verdict(verdict) => (verdict, false),
@@ -92,7 +116,7 @@ impl CircuitBreakerPermit {
         };
         // A call that its classifier wants ignored says nothing, however long it took.
         let slow = long && (cancelled || verdict.outcome != Outcome::Ignored);
-        stripe.add(
+        share.add(
             match verdict.outcome {
                 Outcome::Success => counter::SUCCESS,
                 Outcome::Failure => counter::FAILURE,
@@ -102,24 +126,25 @@ impl CircuitBreakerPermit {
             1,
         );
         if slow {
-            stripe.add(counter::SLOW, 1);
+            share.add(counter::SLOW, 1);
         }
-        let word = core.word.load(Ordering::Acquire);
-        let current = word::generation(word) == self.generation || word & word::MODE == word::BUSY;
+        let generation = word::generation(admitted);
+        let word = share.hot().word().load(Ordering::Acquire);
+        let current = word::generation(word) == generation || word & word::MODE == word::BUSY;
         let unremarkable = verdict.outcome == Outcome::Ignored
             || verdict.outcome == Outcome::Success && word & word::CLEAN != 0 && word & word::MODE == word::CLOSED;
-        if self.lease.is_none() && (!current || unremarkable && !slow) {
+        if lease.is_none() && (!current || unremarkable && !slow) {
             return;
         }
         let now = reading.at(&core.clock);
         let ended = Ended {
-            generation: self.generation,
+            generation,
             verdict,
             slow,
         };
         core.step(now, |machine| {
-            if let Some(lease) = self.lease.take() {
-                machine.release(lease);
+            if let Some(lease) = lease {
+                machine.release(*lease);
             }
             ((), machine.record(ended, now))
         });
@@ -133,60 +158,86 @@ enum End {
 }
 
 impl Permit for CircuitBreakerPermit {
-    fn settle(mut self, verdict: Verdict, now: &Reading) {
-        self.end(End::Verdict(verdict), now);
+    fn settle(self, verdict: Verdict, now: &Reading) {
+        Self::settle_in_place(&mut Some(self), verdict, now);
     }
-    fn cancel(mut self, _: Option<u32>, now: &Reading) {
-        self.end(End::Cancelled, now);
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
+        // A success that would change nothing but its counter: the word is the one that admitted the call, and clean.
+        if let Some(Self {
+            share: Some(Share::Sitting(seat)),
+            word: admitted,
+            ..
+        }) = permit
+            && verdict.outcome == Outcome::Success
+            && *admitted & (word::MODE | word::CLEAN | word::TIMED) == word::CLOSED | word::CLEAN
+            && seat.hot().word().load(Ordering::Acquire) == *admitted
+        {
+            seat.count_and_end(counter::SUCCESS);
+            // The share has ended already.
+            std::mem::forget(permit.take());
+        } else {
+            Self::end(permit, End::Verdict(verdict), now);
+        }
+    }
+    fn cancel(self, _: Option<u32>, now: &Reading) {
+        Self::end(&mut Some(self), End::Cancelled, now);
     }
     fn unused(mut self, now: &Reading) {
-        if let (Some(stripe), Some(lease)) = (self.stripe.take(), self.lease.take()) {
-            let core: &Core = &stripe;
-            core.step(now.at(&core.clock), |machine| (machine.release(lease), None));
+        if let (Some(share), Some(lease)) = (self.share.take(), self.lease.take()) {
+            let core = share.state();
+            core.step(now.at(&core.clock), |machine| (machine.release(*lease), None));
         }
     }
 }
 
 impl Drop for CircuitBreakerPermit {
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn drop(&mut self) {
-        let end = if std::thread::panicking() {
-            End::Verdict(Outcome::Failure.into())
-        } else {
-            End::Cancelled
-        };
-        self.end(end, &Reading::new());
+        if self.share.is_some() {
+            self.abandon();
+        }
     }
 }
 
 impl fmt::Debug for CircuitBreakerPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CircuitBreakerPermit")
-            .field("service", &self.stripe.as_ref().map(|stripe| &stripe.name))
-            .field("generation", &self.generation)
+            .field("service", &self.share.as_ref().map(|share| share.state().name.clone()))
+            .field("generation", &word::generation(self.word))
             .field("probe", &self.lease.is_some())
             .finish_non_exhaustive()
     }
 }
 
 /// A probe's slot in the hands of a service that is ready but not called yet. Dropped, it was never used.
+///
+/// Boxed, because every readied service has room for it, and only those of a half-open circuit have one.
 #[derive(Debug, Default)]
-pub struct Reservation(Option<CircuitBreakerPermit>);
+pub struct Reservation(Option<Box<CircuitBreakerPermit>>);
 
 impl Reservation {
     pub(super) fn of(permit: CircuitBreakerPermit) -> Self {
-        Self(Some(permit))
+        Self(Some(Box::new(permit)))
+    }
+
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_none()
     }
 
     /// The permit, if it still holds its slot; the call begins now.
     pub(super) fn redeem(mut self, now: &Reading) -> Option<CircuitBreakerPermit> {
-        let mut permit = self.0.take()?;
+        let mut permit = *self.0.take()?;
         if !permit.still_holds(now) {
             Permit::unused(permit, now);
             return None;
         }
         // What it waited to be ready does not make it slow.
-        if let (Some(started), Some(stripe)) = (&mut permit.started, &permit.stripe) {
-            *started = now.at(&stripe.clock);
+        if let (Some(started), Some(share)) = (&mut permit.started, &permit.share) {
+            *started = now.at(&share.state().clock);
         }
         Some(permit)
     }
@@ -197,6 +248,7 @@ impl Reservation {
 }
 
 impl Drop for Reservation {
+    #[inline]
     fn drop(&mut self) {
         if let Some(permit) = self.0.take() {
             permit.unused();

@@ -3,7 +3,7 @@
 use super::{classify::JudgeEnd, cost::CostMeter};
 use crate::{
     clock::Reading,
-    permit::{Held, Outcome, Permit, Verdict},
+    permit::{Held, Outcome, Permit, Verdict, settling_on_unwind},
     reject::Lift,
 };
 use bytes::Buf;
@@ -49,7 +49,7 @@ impl<P: Permit, J: JudgeEnd> Watched<P, J> {
     fn failing_on_unwind<T>(&mut self, step: impl FnOnce() -> T) -> T {
         let meter = self.meter.as_ref();
         let failure = || metered(Outcome::Failure.into(), meter);
-        self.held.settling_on_unwind(failure, step)
+        settling_on_unwind(&mut self.held.0, failure, |_| step())
     }
 
     /// Settles the permit as the judge says, if it does, unless a panic of the body has done so.

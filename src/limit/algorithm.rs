@@ -135,6 +135,22 @@ pub(super) enum State {
 }
 
 impl State {
+    /// Whether outcomes matter.
+    #[inline]
+    pub(super) fn learns(&self) -> bool {
+        matches!(self, Self::Adaptive(_))
+    }
+
+    /// Admits one request, if that takes no more than a look; otherwise nothing has happened, and [`View::take`] tells more.
+    #[inline]
+    pub(super) fn take_one_at_a_glance(&self, now: impl FnOnce() -> Timestamp) -> Option<Admission> {
+        match self {
+            Self::TokenBucket(state) => state.take_one_at_a_glance(now()).then_some(Admission::Tokens),
+            Self::SlidingWindow(state) => state.take_one_at_a_glance(now()).map(Admission::Window),
+            Self::Adaptive(_) => None,
+        }
+    }
+
     pub(super) fn view(&self) -> View<'_> {
         match self {
             Self::TokenBucket(state) => View::TokenBucket(state.view()),
@@ -292,7 +308,6 @@ impl View<'_> {
         }
     }
 
-    /// Whether outcomes matter.
     pub(super) fn learns(&self) -> bool {
         matches!(self, Self::Adaptive(_))
     }

@@ -19,7 +19,7 @@ use crate::{
     quota::Quota,
     rejected::{Reason, Rejected, Told},
     shards::{Seed, Shards},
-    stripe::{Stripe, Striped},
+    stripe::{Home, Homed, Share, Striped},
     subscribe::Events,
 };
 use std::{
@@ -28,7 +28,7 @@ use std::{
     fmt,
     hash::{DefaultHasher, Hash},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
 };
@@ -73,12 +73,17 @@ const LOOKS: usize = 256;
 /// 250 more.
 #[derive(Clone)]
 pub struct KeyedRateLimiter {
-    set: Striped<Set, { counter::COUNTERS }>,
+    set: Striped<Set>,
 }
 
-type SetStripe = Stripe<Set, { counter::COUNTERS }>;
+impl Homed for Set {
+    fn home(&self) -> &Home {
+        &self.home
+    }
+}
 
 struct Set {
+    home: Home,
     service: Name,
     limit: Name,
     clock: Clock,
@@ -158,7 +163,8 @@ impl KeyedRateLimiterBuilder {
         let max_keys = within("max_keys", self.max_keys, &(1..=1 << 24))?;
         let cells = self.algorithm.cells(self.clock.now())?;
         Ok(KeyedRateLimiter {
-            set: Striped::new(Set {
+            set: Striped::new(|home| Set {
+                home,
                 service,
                 limit,
                 clock: self.clock,
@@ -371,7 +377,7 @@ impl KeyedRateLimiter {
             Ok(admission) => admission,
             Err(why) => {
                 if place == Place::Overflow {
-                    self.set.local().add(counter::OVERFLOWED, 1);
+                    self.set.add(counter::OVERFLOWED, 1);
                 }
                 return Err(why);
             }
@@ -380,14 +386,14 @@ impl KeyedRateLimiter {
     }
 
     fn permit(&self, place: Place, cost: u32, admission: Admission) -> KeyedPermit {
-        let stripe = self.set.local();
-        stripe.add(counter::ACCEPTED, 1);
-        stripe.add(counter::ACCEPTED_COST, cost.into());
+        self.set.add(counter::ACCEPTED, 1);
+        self.set.add(counter::ACCEPTED_COST, cost.into());
         if place == Place::Overflow {
-            stripe.add(counter::OVERFLOWED, 1);
+            self.set.add(counter::OVERFLOWED, 1);
         }
         KeyedPermit {
-            stripe: Some(stripe.clone()),
+            learns: matches!(self.set.algorithm, Algorithm::Adaptive(_)),
+            share: Some(self.set.share()),
             place,
             cost,
             admission,
@@ -397,8 +403,8 @@ impl KeyedRateLimiter {
 
     /// Counts a rejection, at the key if there is one and it is tracked, and tells the listeners.
     pub(crate) fn count(&self, fingerprint: Option<u64>, why: &Rejected, now: &Reading) {
-        let stripe = self.set.local();
-        stripe.add(
+        let set = &self.set;
+        set.add(
             match why.reason {
                 Reason::CostExceedsBurst { .. } => counter::REJECTED_COST,
                 Reason::MissingKey => counter::REJECTED_KEYLESS,
@@ -409,11 +415,11 @@ impl KeyedRateLimiter {
         if let Some(fingerprint) = fingerprint {
             let more = |n: u32| Some(n.saturating_add(1));
             // `Relaxed`: a counter orders nothing.
-            stripe.with(fingerprint, |_, entry| {
+            set.with(fingerprint, |_, entry| {
                 entry.rejected.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
             });
         }
-        stripe.hub.rejected(why, || now.at(&stripe.clock));
+        set.hub.rejected(why, || now.at(&set.clock));
     }
 
     /// The refusal that the key's next call of this cost would meet, without taking anything. In a full set a new key may
@@ -426,7 +432,7 @@ impl KeyedRateLimiter {
     pub(crate) fn refuse(&self, fingerprint: u64, cost: u32, now: &Reading) -> Option<Rejected> {
         let (why, place) = self.peek_at(fingerprint, cost, now)?;
         if place == Place::Overflow {
-            self.set.local().add(counter::OVERFLOWED, 1);
+            self.set.add(counter::OVERFLOWED, 1);
         }
         self.count(Some(fingerprint), &why, now);
         Some(why)
@@ -545,13 +551,13 @@ impl KeyedRateLimiter {
             retry_after: (now < until).then(|| until.duration_since(now)),
             waiting: 0,
         };
-        let mut status = RateLimiterStatus::new(&seen, |counter| self.set.sum(counter));
+        let mut status = RateLimiterStatus::new(&seen, |counter| self.set.home.sum(counter));
         status.keys = Some(KeysStatus {
             tracked,
             max: set.max_keys,
             evicted,
-            overflow_requests: self.set.sum(counter::OVERFLOWED),
-            missing_key_requests: self.set.sum(counter::KEYLESS) + self.set.sum(counter::REJECTED_KEYLESS),
+            overflow_requests: self.set.home.sum(counter::OVERFLOWED),
+            missing_key_requests: self.set.home.sum(counter::KEYLESS) + self.set.home.sum(counter::REJECTED_KEYLESS),
             most_rejected: rejected
                 .into_iter()
                 .map(|(rejected, key)| KeyStatus {
@@ -565,7 +571,7 @@ impl KeyedRateLimiter {
 
     /// Counts a request without a key that was admitted all the same, or shares a quota.
     pub(crate) fn count_keyless(&self) {
-        self.set.local().add(counter::KEYLESS, 1);
+        self.set.add(counter::KEYLESS, 1);
     }
 
     /// Calls `listener` on every event of this limiter: rejections. See [`Event`] for how.
@@ -625,12 +631,14 @@ impl fmt::Debug for KeyedRateLimiter {
 /// ```
 pub struct KeyedPermit {
     /// `None` once it has ended.
-    stripe: Option<Arc<SetStripe>>,
+    share: Option<Share<Set>>,
     place: Place,
     cost: u32,
     admission: Admission,
     /// Whether the cost was told from the request: then a meter's word corrects it.
     estimated: bool,
+    /// Whether the limiter wants to know how the call ends.
+    learns: bool,
 }
 
 impl KeyedPermit {
@@ -662,13 +670,22 @@ impl KeyedPermit {
         self
     }
 
-    fn end(&mut self, outcome: Outcome, cost: Option<u32>, now: &Reading) {
-        let Some(stripe) = self.stripe.take() else {
-            return;
-        };
-        let set: &Set = &stripe;
-        if let Some(cost) = cost.filter(|cost| *cost != self.cost) {
-            let now = now.at(&set.clock);
+    /// Tells the key's limiter how the call ended, if it wants to know.
+    #[inline]
+    fn end(&mut self, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
+        let cost = cost.filter(|cost| *cost != self.cost);
+        if let Some(share) = self.share.take()
+            && (self.learns || cost.is_some())
+        {
+            self.teach(&share.state(), outcome, cost, now);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn teach(&self, set: &Set, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
+        let now = now.at(&set.clock);
+        if let Some(cost) = cost {
             let correct = |view: View<'_>| {
                 view.roll(now);
                 view.correct(self.cost, cost, now);
@@ -682,46 +699,52 @@ impl KeyedPermit {
                 }
             }
         }
-        if matches!(set.algorithm, Algorithm::Adaptive(_)) {
-            let now = now.at(&set.clock);
+        if self.learns {
             set.at(self.place, |view| {
                 view.roll(now);
-                view.learn(outcome);
+                view.learn(outcome.unwrap_or_else(|| set.algorithm.cancelled()));
             });
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn abandon(&mut self) {
+        let failed = std::thread::panicking().then_some(Outcome::Failure);
+        self.end(failed, None, &Reading::new());
     }
 }
 
 impl Permit for KeyedPermit {
+    #[inline]
     fn settle(mut self, verdict: Verdict, now: &Reading) {
         let metered = verdict.metered.filter(|_| self.estimated);
-        self.end(verdict.outcome, verdict.cost.or(metered), now);
+        self.end(Some(verdict.outcome), verdict.cost.or(metered), now);
     }
 
     fn cancel(mut self, cost: Option<u32>, now: &Reading) {
-        if let Some(stripe) = &self.stripe {
-            let outcome = stripe.algorithm.cancelled();
-            self.end(outcome, cost.filter(|_| self.estimated), now);
-        }
+        let cost = cost.filter(|_| self.estimated);
+        self.end(None, cost, now);
     }
 
     fn unused(mut self, now: &Reading) {
-        let Some(stripe) = self.stripe.take() else {
+        let Some(share) = self.share.take() else {
             return;
         };
-        stripe.add(counter::RETURNED, 1);
-        let now = now.at(&stripe.clock);
-        stripe.at(self.place, |view| {
+        share.add(counter::RETURNED, 1);
+        let set = share.state();
+        let now = now.at(&set.clock);
+        set.at(self.place, |view| {
             view.roll(now);
             view.give_back(self.admission, self.cost, now)
         });
     }
 
     fn quotas(&self, now: &Reading, tell: &mut dyn FnMut(Quota)) {
-        let Some(stripe) = &self.stripe else {
+        let Some(share) = &self.share else {
             return;
         };
-        let set: &Set = stripe;
+        let set = share.state();
         let now = now.at(&set.clock);
         let told = set.at(self.place, |view| {
             let reset = view.full_again(now).duration_since(now);
@@ -735,14 +758,10 @@ impl Permit for KeyedPermit {
 }
 
 impl Drop for KeyedPermit {
+    #[inline]
     fn drop(&mut self) {
-        if let Some(stripe) = &self.stripe {
-            let outcome = if std::thread::panicking() {
-                Outcome::Failure
-            } else {
-                stripe.algorithm.cancelled()
-            };
-            self.end(outcome, None, &Reading::new());
+        if self.learns && self.share.is_some() {
+            self.abandon();
         }
     }
 }
@@ -750,7 +769,7 @@ impl Drop for KeyedPermit {
 impl fmt::Debug for KeyedPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KeyedPermit")
-            .field("limit", &self.stripe.as_ref().map(|stripe| &stripe.limit))
+            .field("limit", &self.share.as_ref().map(|share| share.state().limit.clone()))
             .field("cost", &self.cost)
             .finish_non_exhaustive()
     }

@@ -26,13 +26,13 @@ use crate::{
     permit::{self, Outcome, Permit, Verdict},
     quota::Quota,
     rejected::{Error, Reason, Rejected, Told},
-    stripe::{Stripe, Striped},
+    stripe::{Home, Homed, Share, Striped},
     subscribe::Events,
 };
 use algorithm::{Admission, State, View};
 use queue::Queue;
 use status::Seen;
-use std::{fmt, future::Future, sync::Arc, time::Duration};
+use std::{fmt, future::Future, time::Duration};
 
 /// The striped counters, by index.
 mod counter {
@@ -45,13 +45,13 @@ mod counter {
     pub(super) const OVERFLOWED: usize = 5;
     pub(super) const KEYLESS: usize = 6;
     pub(super) const REJECTED_KEYLESS: usize = 7;
-    pub(super) const COUNTERS: usize = 8;
 }
 
 /// The name of a limit that has none.
 pub(crate) const DEFAULT_LIMIT: &str = "default";
 
 struct Core {
+    home: Home,
     service: Name,
     limit: Name,
     clock: Clock,
@@ -61,7 +61,11 @@ struct Core {
     hub: Hub,
 }
 
-type CoreStripe = Stripe<Core, { counter::COUNTERS }>;
+impl Homed for Core {
+    fn home(&self) -> &Home {
+        &self.home
+    }
+}
 
 /// A rate limiter: a [`TokenBucket`], a [`SlidingWindow`] or an [`Adaptive`] bucket.
 ///
@@ -89,7 +93,7 @@ type CoreStripe = Stripe<Core, { counter::COUNTERS }>;
 /// for each waiter some 200 in its future and a place in the queue.
 #[derive(Clone)]
 pub struct RateLimiter {
-    shared: Striped<Core, { counter::COUNTERS }>,
+    shared: Striped<Core>,
 }
 
 /// Makes a [`RateLimiter`] with more than the defaults; from [`RateLimiter::builder`].
@@ -135,7 +139,8 @@ impl RateLimiterBuilder {
         let limit = Name::new("limit", &self.limit)?;
         let state = self.algorithm.build(self.clock.now())?;
         Ok(RateLimiter {
-            shared: Striped::new(Core {
+            shared: Striped::new(|home| Core {
+                home,
                 service,
                 limit,
                 clock: self.clock,
@@ -339,29 +344,42 @@ impl RateLimiter {
         }
     }
 
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn permit(&self, admission: Admission, cost: u32) -> RateLimitPermit {
-        let stripe = self.shared.local();
-        stripe.add(counter::ACCEPTED, 1);
-        stripe.add(counter::ACCEPTED_COST, cost.into());
+        let counts = [(counter::ACCEPTED, 1), (counter::ACCEPTED_COST, cost.into())];
         RateLimitPermit {
-            stripe: Some(stripe.clone()),
+            learns: self.shared.state.learns(),
+            share: Some(self.shared.count_and_share(counts)),
             cost,
             admission,
             estimated: false,
         }
     }
 
+    /// Leave to make one call now, if a look is enough; otherwise nothing has happened.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    pub(crate) fn glance(&self, now: &Reading) -> Option<RateLimitPermit> {
+        let core: &Core = &self.shared;
+        if !core.queue.is_empty() {
+            return None;
+        }
+        let admission = core.state.take_one_at_a_glance(|| now.at(&core.clock))?;
+        Some(self.permit(admission, 1))
+    }
+
     /// Counts a rejection and tells the listeners. Called once for every call that was rejected.
     pub(crate) fn count(&self, why: &Rejected, now: &Reading) {
-        let stripe = self.shared.local();
-        stripe.add(
+        let core = &self.shared;
+        core.add(
             match why.reason {
                 Reason::CostExceedsBurst { .. } => counter::REJECTED_COST,
                 _ => counter::REJECTED_OVER_LIMIT,
             },
             1,
         );
-        stripe.hub.rejected(why, || now.at(&stripe.clock));
+        core.hub.rejected(why, || now.at(&core.clock));
     }
 
     /// The refusal that the next call of this cost would meet, without taking anything.
@@ -533,7 +551,7 @@ impl RateLimiter {
             retry_after: self.peek(1, &now).and_then(|refusal| refusal.retry_after),
             waiting: core.queue.len(),
         };
-        RateLimiterStatus::new(&seen, |counter| self.shared.sum(counter))
+        RateLimiterStatus::new(&seen, |counter| self.shared.home.sum(counter))
     }
 
     /// Calls `listener` on every event of this limiter; see [`Event`] for how.
@@ -592,11 +610,13 @@ impl fmt::Debug for RateLimiter {
 /// ```
 pub struct RateLimitPermit {
     /// `None` once it has ended.
-    stripe: Option<Arc<CoreStripe>>,
+    share: Option<Share<Core>>,
     cost: u32,
     admission: Admission,
     /// Whether the cost was told from the request: then a meter's word corrects it.
     estimated: bool,
+    /// Whether the limiter wants to know how the call ends.
+    learns: bool,
 }
 
 impl RateLimitPermit {
@@ -624,46 +644,86 @@ impl RateLimitPermit {
     }
 }
 
-impl Permit for RateLimitPermit {
-    fn settle(mut self, verdict: Verdict, now: &Reading) {
-        let Some(stripe) = self.stripe.take() else {
-            return;
-        };
-        let metered = verdict.metered.filter(|_| self.estimated);
-        stripe.correct(self.cost, verdict.cost.or(metered), now);
-        stripe.learn(verdict.outcome, now);
-    }
-
-    fn cancel(mut self, cost: Option<u32>, now: &Reading) {
-        if let Some(stripe) = self.stripe.take() {
-            stripe.correct(self.cost, cost.filter(|_| self.estimated), now);
-            stripe.learn(stripe.algorithm.cancelled(), now);
+impl RateLimitPermit {
+    /// Tells the limiter how the call ended, if it wants to know.
+    #[inline]
+    fn end(&mut self, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
+        let cost = cost.filter(|cost| *cost != self.cost);
+        // Ended here or there: afterwards the permit has nothing to say.
+        if let Some(share) = self.share.take()
+            && (self.learns || cost.is_some())
+        {
+            self.teach(&share.state(), outcome, cost, now);
         }
     }
 
+    #[cold]
+    #[inline(never)]
+    fn teach(&self, core: &Core, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
+        core.correct(self.cost, cost, now);
+        core.learn(outcome.unwrap_or_else(|| core.algorithm.cancelled()), now);
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn abandon(&mut self) {
+        let failed = std::thread::panicking().then_some(Outcome::Failure);
+        self.end(failed, None, &Reading::new());
+    }
+}
+
+impl Permit for RateLimitPermit {
+    #[inline]
+    fn settle(mut self, verdict: Verdict, now: &Reading) {
+        let metered = verdict.metered.filter(|_| self.estimated);
+        self.end(Some(verdict.outcome), verdict.cost.or(metered), now);
+    }
+
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
+        if let Some(Self {
+            share: Some(Share::Sitting(seat)),
+            learns: false,
+            ..
+        }) = permit
+            && verdict.cost.is_none()
+            && verdict.metered.is_none()
+        {
+            seat.end();
+            // The share has ended already.
+            std::mem::forget(permit.take());
+        } else if let Some(permit) = permit.take() {
+            Permit::settle(permit, verdict, now);
+        }
+    }
+
+    fn cancel(mut self, cost: Option<u32>, now: &Reading) {
+        let cost = cost.filter(|_| self.estimated);
+        self.end(None, cost, now);
+    }
+
     fn quotas(&self, now: &Reading, tell: &mut dyn FnMut(Quota)) {
-        if let Some(stripe) = &self.stripe {
-            tell(stripe.quota(now.at(&stripe.clock)));
+        if let Some(share) = &self.share {
+            let core = share.state();
+            tell(core.quota(now.at(&core.clock)));
         }
     }
 
     fn unused(mut self, now: &Reading) {
-        if let Some(stripe) = self.stripe.take() {
-            stripe.add(counter::RETURNED, 1);
-            stripe.give_back(self.admission, self.cost, now.at(&stripe.clock));
+        if let Some(share) = self.share.take() {
+            share.add(counter::RETURNED, 1);
+            let core = share.state();
+            core.give_back(self.admission, self.cost, now.at(&core.clock));
         }
     }
 }
 
 impl Drop for RateLimitPermit {
+    #[inline]
     fn drop(&mut self) {
-        if let Some(stripe) = self.stripe.take() {
-            let outcome = if std::thread::panicking() {
-                Outcome::Failure
-            } else {
-                stripe.algorithm.cancelled()
-            };
-            stripe.learn(outcome, &Reading::new());
+        if self.learns && self.share.is_some() {
+            self.abandon();
         }
     }
 }
@@ -671,7 +731,7 @@ impl Drop for RateLimitPermit {
 impl fmt::Debug for RateLimitPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RateLimitPermit")
-            .field("limit", &self.stripe.as_ref().map(|stripe| &stripe.limit))
+            .field("limit", &self.share.as_ref().map(|share| share.state().limit.clone()))
             .field("cost", &self.cost)
             .finish_non_exhaustive()
     }

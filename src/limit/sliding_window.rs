@@ -99,10 +99,12 @@ struct Slot {
 impl Slot {
     const LATEST: u64 = u64::MAX >> 1;
 
+    #[inline]
     fn pack(self) -> u64 {
         self.stamp << 1 | u64::from(self.odd)
     }
 
+    #[inline]
     fn unpack(word: u64) -> Self {
         Self {
             stamp: word >> 1,
@@ -119,11 +121,13 @@ struct Position {
 }
 
 /// A number of slots as an index; the ring has at most 2²⁴.
+#[inline]
 fn index(n: u64) -> usize {
     usize::try_from(n).unwrap_or(usize::MAX)
 }
 
 impl Position {
+    #[inline]
     fn unpack(head: u64) -> Self {
         Self {
             lap: head >> INDEX_BITS,
@@ -131,11 +135,13 @@ impl Position {
         }
     }
 
+    #[inline]
     fn pack(self) -> u64 {
         self.lap << INDEX_BITS | self.index as u64
     }
 
     /// `n` slots on, at most one lap.
+    #[inline]
     fn forward(self, n: usize, size: usize) -> Self {
         let index = self.index + n;
         if index < size {
@@ -161,6 +167,7 @@ pub(super) struct Admission {
 }
 
 impl SlidingWindowState {
+    #[inline]
     fn stamp(&self, now: Timestamp) -> u64 {
         let elapsed = now.nanos().saturating_sub(self.start);
         elapsed.saturating_add(self.window).min(Slot::LATEST)
@@ -171,6 +178,7 @@ impl SlidingWindowState {
     }
 
     /// When the slot at this position may be used again, as a stamp.
+    #[inline]
     fn free_from(&self, at: Position, now: u64) -> u64 {
         let slot = Slot::unpack(self.ring[at.index].load(Ordering::Acquire));
         let last = if slot.odd == at.is_odd() { now } else { slot.stamp };
@@ -183,6 +191,35 @@ impl SlidingWindowState {
             .map(|ahead| self.free_from(head.forward(ahead, self.ring.len()), now))
             .max()
             .unwrap_or(0)
+    }
+
+    /// Admits one request, if its slot is free and nobody else claims it at the same moment. Otherwise nothing has happened:
+    /// [`take`](Self::take) knows the rest.
+    #[inline]
+    pub(super) fn take_one_at_a_glance(&self, now: Timestamp) -> Option<Admission> {
+        let stamp = self.stamp(now);
+        let head = self.head.load(Ordering::Acquire);
+        let at = Position::unpack(head);
+        if stamp < self.free_from(at, stamp) {
+            return None;
+        }
+        let next = at.forward(1, self.ring.len()).pack();
+        let claimed = self
+            .head
+            .compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Relaxed);
+        claimed.ok()?;
+        self.write(at, stamp);
+        Some(Admission { head, stamp })
+    }
+
+    /// Writes the stamp of an admission into a slot that it has claimed.
+    #[inline]
+    fn write(&self, at: Position, stamp: u64) {
+        let slot = Slot {
+            stamp,
+            odd: at.is_odd(),
+        };
+        self.ring[at.index].store(slot.pack(), Ordering::Release);
     }
 
     /// Admits `cost` requests (no more than the quota), or tells when it will for a caller alone.
@@ -208,12 +245,7 @@ impl SlidingWindowState {
             {
                 Ok(_) => {
                     for ahead in 0..cost {
-                        let at = first.forward(ahead, self.ring.len());
-                        let slot = Slot {
-                            stamp,
-                            odd: at.is_odd(),
-                        };
-                        self.ring[at.index].store(slot.pack(), Ordering::Release);
+                        self.write(first.forward(ahead, self.ring.len()), stamp);
                     }
                     return Ok(Admission { head, stamp });
                 }

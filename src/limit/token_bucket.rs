@@ -129,6 +129,7 @@ impl TokenBucketShape {
         Level::full(&self.line)
     }
 
+    #[inline]
     pub(super) fn of<'a>(&'a self, level: &'a Level) -> TokenBucketView<'a> {
         TokenBucketView {
             bucket: Bucket {
@@ -147,6 +148,12 @@ pub(super) struct TokenBucketState {
 }
 
 impl TokenBucketState {
+    #[inline]
+    pub(super) fn take_one_at_a_glance(&self, now: Timestamp) -> bool {
+        self.view().bucket.take_one_at_a_glance(&self.shape.line, now)
+    }
+
+    #[inline]
     pub(super) fn view(&self) -> TokenBucketView<'_> {
         self.shape.of(&self.level)
     }

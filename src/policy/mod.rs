@@ -154,6 +154,17 @@ pub trait Policy<Req>: Gate {
         Some(why)
     }
 
+    /// Whether a permit of [`glance`](Self::glance) that is given back [unused](Permit::unused) leaves no trace. A pair glances at
+    /// such a policy first. Default: it leaves one.
+    const TRACELESS: bool = false;
+
+    /// A shortcut of [`admit`](Self::admit): the permit, if a look at the policy is enough. Otherwise nothing is taken and nothing
+    /// counted, and `admit` is asked. What was reserved is dropped once there is a permit. Default: a look is never enough.
+    fn glance(&self, reserved: &Self::Reserved, request: &Req, now: &Reading) -> Option<Self::Permit> {
+        let _ = (reserved, request, now);
+        None
+    }
+
     /// Admits a call, now or later, or rejects and counts it.
     fn admit(&self, reserved: Self::Reserved, request: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait>;
 }
@@ -170,12 +181,14 @@ pub enum Admit<P, W> {
 }
 
 impl<R> From<Result<R, Rejected>> for Readiness<R> {
+    #[inline]
     fn from(answer: Result<R, Rejected>) -> Self {
         answer.map_or_else(Self::Rejected, Self::Ready)
     }
 }
 
 impl<P, W> From<Result<P, Rejected>> for Admit<P, W> {
+    #[inline]
     fn from(answer: Result<P, Rejected>) -> Self {
         match answer {
             Ok(permit) => Self::Now(permit),
@@ -313,6 +326,7 @@ impl<S: Service<Req> + Clone, Req, F> Hold<S, Req> for Later<F> {
 impl Gate for CircuitBreaker {
     type Reserved = Reservation;
 
+    #[inline]
     fn reserve(&self, held: Option<Reservation>, now: &Reading, _: &mut Context<'_>) -> Readiness<Reservation> {
         CircuitBreaker::reserve(self, held, now).into()
     }
@@ -337,14 +351,25 @@ impl<Req> Policy<Req> for CircuitBreaker {
     type Permit = CircuitBreakerPermit;
     type Wait = Never<CircuitBreakerPermit>;
 
+    #[inline]
     fn refusal(&self, reserved: &Reservation, _: &Req, now: &Reading) -> Option<Rejected> {
-        if reserved.still_holds(now) {
+        if self.surely_admits(reserved) || reserved.still_holds(now) {
             None
         } else {
             self.peek(now)
         }
     }
 
+    // Nothing is counted at a breaker before the call ends.
+    const TRACELESS: bool = true;
+
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn glance(&self, reserved: &Reservation, _: &Req, now: &Reading) -> Option<CircuitBreakerPermit> {
+        self.glance(reserved, now)
+    }
+
+    #[inline]
     fn admit(&self, reserved: Reservation, _: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {
         self.redeem(reserved, now).into()
     }
@@ -353,6 +378,7 @@ impl<Req> Policy<Req> for CircuitBreaker {
 impl Gate for RateLimiter {
     type Reserved = ();
 
+    #[inline]
     fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
         Readiness::Ready(())
     }
@@ -370,8 +396,15 @@ impl<Req> Policy<Req> for RateLimiter {
     type Permit = RateLimitPermit;
     type Wait = Never<RateLimitPermit>;
 
+    #[inline]
     fn refusal(&self, (): &(), _: &Req, now: &Reading) -> Option<Rejected> {
         self.peek(1, now)
+    }
+
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn glance(&self, (): &(), _: &Req, now: &Reading) -> Option<RateLimitPermit> {
+        self.glance(now)
     }
 
     fn admit(&self, (): (), _: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {
@@ -447,6 +480,32 @@ where
             second().or_else(first)
         } else {
             first().or_else(second)
+        }
+    }
+
+    const TRACELESS: bool = A::TRACELESS && B::TRACELESS;
+
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn glance(&self, reserved: &Self::Reserved, request: &Req, now: &Reading) -> Option<Self::Permit> {
+        let first = || self.0.glance(&reserved.0, request, now);
+        let second = || self.1.glance(&reserved.1, request, now);
+        if B::TRACELESS {
+            let other = second()?;
+            let Some(one) = first() else {
+                other.unused(now);
+                return None;
+            };
+            Some((one, other))
+        } else if A::TRACELESS {
+            let one = first()?;
+            let Some(other) = second() else {
+                one.unused(now);
+                return None;
+            };
+            Some((one, other))
+        } else {
+            None
         }
     }
 
