@@ -32,6 +32,7 @@
 
 #![forbid(unsafe_code)]
 
+mod e2e;
 mod goals;
 mod measure;
 mod options;
@@ -57,7 +58,12 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match run(&options) {
+    let done = if options.axum {
+        e2e::run(&options)
+    } else {
+        run(&options)
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("FAILED: {error}");

@@ -5,14 +5,16 @@ use crate::measure::Effort;
 pub(crate) const HELP: &str = "\
 portcullis beside its peers: what a guarded call costs
 
+  --axum            an axum server under load by wrk in place of single calls
   --only SUBSTRING  only the rows with this in their name, and the floor they are compared with
-  --rounds N        so many rounds (default: 9)
+  --rounds N        so many rounds (default: 9; with --axum 5)
   --quick           few calls, to see that all rows work; the figures mean little
   --json            the same for machines
 ";
 
 #[derive(Debug, Default)]
 pub(crate) struct Options {
+    pub(crate) axum: bool,
     pub(crate) json: bool,
     pub(crate) quick: bool,
     pub(crate) only: String,
@@ -26,6 +28,7 @@ impl Options {
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().ok_or_else(|| format!("{argument} needs a value"));
             match argument.as_str() {
+                "--axum" => options.axum = true,
                 "--json" => options.json = true,
                 "--quick" => options.quick = true,
                 "--only" => options.only = value()?,
