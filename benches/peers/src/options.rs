@@ -3,7 +3,7 @@
 use crate::measure::Effort;
 
 pub(crate) const HELP: &str = "\
-portcullis beside its peers: what a guarded call costs
+portcullis beside its peers: what a guarded call costs (takes about two minutes)
 
   --axum            an axum server under load by wrk in place of single calls
   --only SUBSTRING  only the rows with this in their name, and the floor they are compared with

@@ -45,7 +45,7 @@ pub(crate) enum Expect {
     /// The same on one thread, and nineteen of twenty on two.
     AcceptMost,
     Reject,
-    /// All are admitted; every so manieth of a thread fails.
+    /// All are admitted; of each thread's calls one in so many fails.
     FailOneIn(u64),
 }
 
@@ -168,7 +168,7 @@ impl Candidate {
         .sized::<<L::Service as Service<u32>>::Future, Echo, u32>()
     }
 
-    /// The same with a service that fails every so manieth call.
+    /// The same with a service that fails one call in so many.
     pub(crate) fn failing<L>(layer: L, one_in: u64) -> Self
     where
         L: Layer<Echo> + 'static,
@@ -321,7 +321,7 @@ impl Service<Request> for Web {
     }
 }
 
-/// Requests of which every so manieth fails.
+/// Requests of which one in so many fails.
 pub(crate) struct Mix {
     one_in: u64,
     left: u64,
