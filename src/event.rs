@@ -196,27 +196,41 @@ impl Hub {
     }
 
     /// Tells every listener of a rejection.
+    #[inline]
     pub(crate) fn rejected(&self, why: &Rejected, at: impl FnOnce() -> Timestamp) {
-        self.emit(|| Event {
-            service: why.service.clone(),
-            limit: why.limit.clone(),
-            at: at(),
-            kind: EventKind::Rejected(why.clone()),
-        });
+        #[cfg(feature = "tracing")]
+        trace_rejection(why);
+        if self.is_heard() {
+            self.tell(&Event {
+                service: why.service.clone(),
+                limit: why.limit.clone(),
+                at: at(),
+                kind: EventKind::Rejected(why.clone()),
+            });
+        }
     }
 
-    /// Tells every listener. `event` is made only if there is somebody to tell.
+    /// Tells every listener of anything but a rejection. `event` is made only if there is somebody to tell.
     pub(crate) fn emit(&self, event: impl FnOnce() -> Event) {
-        if cfg!(not(feature = "tracing")) && self.count.load(Ordering::Acquire) == 0 {
-            return;
+        if cfg!(feature = "tracing") || self.is_heard() {
+            let event = event();
+            #[cfg(feature = "tracing")]
+            trace(&event);
+            self.tell(&event);
         }
-        let event = event();
-        #[cfg(feature = "tracing")]
-        trace(&event);
+    }
+
+    #[inline]
+    fn is_heard(&self) -> bool {
+        self.count.load(Ordering::Acquire) > 0
+    }
+
+    #[cold]
+    fn tell(&self, event: &Event) {
         let listeners = self.listeners.read().unwrap_or_else(PoisonError::into_inner).clone();
         for listener in &*listeners {
             // A listener's panic is its own affair: the caller asked for a permit, not for its bookkeeping.
-            let heard = catch_unwind(AssertUnwindSafe(|| listener.listen.hear(&event)));
+            let heard = catch_unwind(AssertUnwindSafe(|| listener.listen.hear(event)));
             if let Err(payload) = heard {
                 // What it panicked with may panic when dropped.
                 let dropped = catch_unwind(AssertUnwindSafe(|| drop(payload)));
@@ -227,6 +241,18 @@ impl Hub {
             self.change(|_| ());
         }
     }
+}
+
+/// Apart from the others, because it is told often: where nobody listens, no event is made for it.
+#[cfg(feature = "tracing")]
+fn trace_rejection(why: &Rejected) {
+    tracing::debug!(
+        service = why.service.as_str(),
+        limit = why.limit.as_deref(),
+        reason = why.reason.as_str(),
+        retry_after = why.retry_after.map(|wait| wait.as_secs_f64()),
+        "rejected"
+    );
 }
 
 #[cfg(feature = "tracing")]
@@ -256,13 +282,7 @@ fn trace(event: &Event) {
                 );
             }
         }
-        EventKind::Rejected(why) => tracing::debug!(
-            service = service.as_str(),
-            limit,
-            reason = why.reason.as_str(),
-            retry_after = why.retry_after.map(|wait| wait.as_secs_f64()),
-            "rejected"
-        ),
+        EventKind::Rejected(why) => trace_rejection(why),
         EventKind::Overridden { into, generation } => {
             tracing::warn!(
                 service = service.as_str(),

@@ -1,5 +1,13 @@
 use crate::error::ConfigError;
-use std::{borrow::Borrow, fmt, ops::Deref, sync::Arc};
+use std::{
+    borrow::Borrow,
+    cmp::Ordering,
+    fmt,
+    hash::{Hash, Hasher},
+    ops::Deref,
+    str,
+    sync::Arc,
+};
 
 /// A validated name: of a service (the key in the [`Registry`](crate::Registry)) or of one of its limits.
 ///
@@ -14,8 +22,19 @@ use std::{borrow::Borrow, fmt, ops::Deref, sync::Arc};
 /// assert!(CircuitBreaker::builder("x".repeat(Name::MAX_LEN + 1)).build().is_err());
 /// # Ok::<(), portcullis::ConfigError>(())
 /// ```
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Name(Arc<str>);
+#[derive(Clone)]
+pub struct Name(Text);
+
+/// A short name lies in the value itself: every rejection carries one or two, and a reference count that all threads write would
+/// make them wait for each other.
+#[derive(Clone)]
+enum Text {
+    Short { len: u8, bytes: [u8; SHORT] },
+    Long(Arc<str>),
+}
+
+/// As long as fits beside the length where the other kind has its pointer and its length.
+const SHORT: usize = 22;
 
 impl Name {
     /// The longest name, in bytes.
@@ -32,13 +51,33 @@ impl Name {
                 format!("1 to {} bytes of text", Self::MAX_LEN),
             ));
         }
-        Ok(Self(name.into()))
+        let mut bytes = [0; SHORT];
+        Ok(Self(match (bytes.get_mut(..name.len()), u8::try_from(name.len())) {
+            (Some(place), Ok(len)) => {
+                place.copy_from_slice(name.as_bytes());
+                Text::Short { len, bytes }
+            }
+            _ => Text::Long(name.into()),
+        }))
     }
 
     /// The name as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
-        &self.0
+        match &self.0 {
+            Text::Short { len, bytes } => match str::from_utf8(&bytes[..usize::from(*len)]) {
+                Ok(text) => text,
+                Err(_) => unreachable!("copied from text as a whole"),
+            },
+            Text::Long(text) => text,
+        }
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        match &self.0 {
+            Text::Short { len, bytes } => &bytes[..usize::from(*len)],
+            Text::Long(text) => text.as_bytes(),
+        }
     }
 }
 
@@ -50,51 +89,74 @@ impl TryFrom<&str> for Name {
     }
 }
 
+// As the text does, all of them: a map with names as keys is asked with text.
+impl PartialEq for Name {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_bytes() == other.as_bytes()
+    }
+}
+impl Eq for Name {}
+impl PartialOrd for Name {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Name {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.as_bytes().cmp(other.as_bytes())
+    }
+}
+impl Hash for Name {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.as_str().hash(state);
+    }
+}
+
 impl Deref for Name {
     type Target = str;
     fn deref(&self) -> &str {
-        &self.0
+        self.as_str()
     }
 }
 impl AsRef<str> for Name {
     fn as_ref(&self) -> &str {
-        &self.0
+        self.as_str()
     }
 }
 impl Borrow<str> for Name {
     fn borrow(&self) -> &str {
-        &self.0
+        self.as_str()
     }
 }
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(self.as_str())
     }
 }
 impl fmt::Debug for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&*self.0, f)
+        fmt::Debug::fmt(self.as_str(), f)
     }
 }
 impl PartialEq<str> for Name {
     fn eq(&self, other: &str) -> bool {
-        &*self.0 == other
+        self.as_bytes() == other.as_bytes()
     }
 }
 impl PartialEq<&str> for Name {
     fn eq(&self, other: &&str) -> bool {
-        &*self.0 == *other
+        self.as_bytes() == other.as_bytes()
     }
 }
 impl PartialEq<Name> for &str {
     fn eq(&self, other: &Name) -> bool {
-        *self == &*other.0
+        self.as_bytes() == other.as_bytes()
     }
 }
 
 #[cfg(feature = "serde")]
 impl serde::Serialize for Name {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&self.0)
+        serializer.serialize_str(self.as_str())
     }
 }

@@ -189,7 +189,9 @@ fn breakers_come_and_go_under_threads_and_count_exactly() {
                     let permits: Vec<_> = (0..8).map(|_| breaker.try_acquire().unwrap()).collect();
                     let last = breaker.clone();
                     let helper = thread::spawn(move || {
-                        permits.into_iter().for_each(|permit| permit.settle(Outcome::Success));
+                        for permit in permits {
+                            permit.settle(Outcome::Success);
+                        }
                         successes(&last)
                     });
                     for _ in 0..5 {
