@@ -13,6 +13,7 @@
 //! the bucket; only then are tokens taken. So a bucket that has not been touched for [`FULL_AFTER`] has lain idle for the time
 //! of two bursts at least, and is full, whatever its wrapped difference seems to say; before that the difference is below 2⁶³.
 
+use super::backoff::back_off;
 use crate::clock::Timestamp;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -234,22 +235,29 @@ impl Bucket<'_> {
             .is_ok()
     }
 
-    /// Takes one token, if the bucket is as it mostly is: units come in whole numbers, it was touched lately, it has the token,
-    /// and nobody else takes one at the same moment. Otherwise nothing has happened: [`take`](Self::take) knows the rest.
+    /// Takes one token, if the bucket is as it mostly is: units come in whole numbers, it was touched lately, and it has the token.
+    /// Otherwise nothing has happened: [`take`](Self::take) knows the rest.
     ///
     /// `gone` is what it was before `touched` was read, or the exchange fails: the look is as good as [`look`](Self::look).
     #[inline]
     pub(super) fn take_one_at_a_glance(&self, line: &Line, now: Timestamp) -> bool {
-        let gone = self.level.gone.load(Ordering::Acquire);
-        let touched = self.level.touched.load(Ordering::Acquire);
-        let since = now.nanos().wrapping_sub(touched);
-        if line.div != 1 || since > self.scale.touch_after {
+        if line.div != 1 {
             return false;
         }
         let made = line.base.wrapping_add(line.elapsed(now).wrapping_mul(line.mul));
-        let content = difference(made, gone).min(self.scale.burst);
-        let left = content - self.scale.token.cast_signed();
-        left >= 0 && self.replace(gone, made.wrapping_sub(left.cast_unsigned()))
+        loop {
+            let gone = self.level.gone.load(Ordering::Acquire);
+            let touched = self.level.touched.load(Ordering::Acquire);
+            let content = difference(made, gone).min(self.scale.burst);
+            let left = content - self.scale.token.cast_signed();
+            if now.nanos().wrapping_sub(touched) > self.scale.touch_after || left < 0 {
+                return false;
+            }
+            if self.replace(gone, made.wrapping_sub(left.cast_unsigned())) {
+                return true;
+            }
+            back_off(now);
+        }
     }
 
     /// Takes `cost` tokens (no more than the burst), or tells what is missing.
@@ -273,6 +281,7 @@ impl Bucket<'_> {
             if self.replace(look.gone, made.wrapping_sub(left)) {
                 return Ok(());
             }
+            back_off(now);
         }
     }
 

@@ -3,6 +3,7 @@
 mod acquire;
 mod adaptive;
 mod algorithm;
+mod backoff;
 mod bucket;
 mod keyed;
 mod queue;

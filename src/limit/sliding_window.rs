@@ -1,3 +1,4 @@
+use super::backoff::back_off;
 use crate::{
     clock::{Timestamp, nanos},
     error::{ConfigError, duration, within},
@@ -193,23 +194,26 @@ impl SlidingWindowState {
             .unwrap_or(0)
     }
 
-    /// Admits one request, if its slot is free and nobody else claims it at the same moment. Otherwise nothing has happened:
-    /// [`take`](Self::take) knows the rest.
+    /// Admits one request, if its slot is free. Otherwise nothing has happened: [`take`](Self::take) knows the rest.
     #[inline]
     pub(super) fn take_one_at_a_glance(&self, now: Timestamp) -> Option<Admission> {
         let stamp = self.stamp(now);
-        let head = self.head.load(Ordering::Acquire);
-        let at = Position::unpack(head);
-        if stamp < self.free_from(at, stamp) {
-            return None;
+        loop {
+            let head = self.head.load(Ordering::Acquire);
+            let at = Position::unpack(head);
+            if stamp < self.free_from(at, stamp) {
+                return None;
+            }
+            let next = at.forward(1, self.ring.len()).pack();
+            let claimed = self
+                .head
+                .compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Relaxed);
+            if claimed.is_ok() {
+                self.write(at, stamp);
+                return Some(Admission { head, stamp });
+            }
+            back_off(now);
         }
-        let next = at.forward(1, self.ring.len()).pack();
-        let claimed = self
-            .head
-            .compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Relaxed);
-        claimed.ok()?;
-        self.write(at, stamp);
-        Some(Admission { head, stamp })
     }
 
     /// Writes the stamp of an admission into a slot that it has claimed.
