@@ -98,7 +98,7 @@ enum Source {
     System,
     Manual(ManualClock),
     #[cfg(feature = "fast-clock")]
-    Fast,
+    Fast(&'static FastClock),
 }
 
 impl Clock {
@@ -123,8 +123,7 @@ impl Clock {
     #[cfg_attr(docsrs, doc(cfg(feature = "fast-clock")))]
     #[must_use]
     pub fn fast() -> Self {
-        fast_clock();
-        Self(Source::Fast)
+        Self(Source::Fast(FastClock::get()))
     }
 
     /// The time now.
@@ -134,14 +133,7 @@ impl Clock {
             Source::System => from_system(tokio::time::Instant::now()),
             Source::Manual(manual) => manual.now(),
             #[cfg(feature = "fast-clock")]
-            Source::Fast => {
-                let (clock, beginning) = fast_clock();
-                Timestamp(
-                    Timestamp::BEGINNING
-                        .0
-                        .saturating_add(clock.delta_as_nanos(*beginning, clock.raw())),
-                )
-            }
+            Source::Fast(clock) => clock.now(),
         }
     }
 
@@ -169,7 +161,7 @@ impl Clock {
         match &self.0 {
             Source::System => 0,
             #[cfg(feature = "fast-clock")]
-            Source::Fast => 1,
+            Source::Fast(_) => 1,
             Source::Manual(manual) => Arc::as_ptr(&manual.0).addr(),
         }
     }
@@ -186,7 +178,7 @@ impl fmt::Debug for Clock {
             Source::System => "Clock::system",
             Source::Manual(_) => "Clock::manual",
             #[cfg(feature = "fast-clock")]
-            Source::Fast => "Clock::fast",
+            Source::Fast(_) => "Clock::fast",
         })
     }
 }
@@ -224,15 +216,30 @@ pub(crate) fn since_1970() -> Duration {
     passed.unwrap_or_default()
 }
 
-/// Made once: calibration takes time, and `CPUID` is slow on virtual machines.
+/// The CPU's counter, and where it stood at the beginning of the scale.
 #[cfg(feature = "fast-clock")]
-fn fast_clock() -> &'static (quanta::Clock, u64) {
-    static CLOCK: OnceLock<(quanta::Clock, u64)> = OnceLock::new();
-    CLOCK.get_or_init(|| {
-        let clock = quanta::Clock::new();
-        let beginning = clock.raw();
-        (clock, beginning)
-    })
+struct FastClock {
+    counter: quanta::Clock,
+    beginning: u64,
+}
+
+#[cfg(feature = "fast-clock")]
+impl FastClock {
+    /// Made once: calibration takes time, and `CPUID` is slow on virtual machines.
+    fn get() -> &'static Self {
+        static CLOCK: OnceLock<FastClock> = OnceLock::new();
+        CLOCK.get_or_init(|| {
+            let counter = quanta::Clock::new();
+            let beginning = counter.raw();
+            Self { counter, beginning }
+        })
+    }
+
+    #[inline]
+    fn now(&self) -> Timestamp {
+        let passed = self.counter.delta_as_nanos(self.beginning, self.counter.raw());
+        Timestamp(Timestamp::BEGINNING.0.saturating_add(passed))
+    }
 }
 
 /// A clock for tests: it stands still until [`advance`](Self::advance). Made by [`Clock::manual`]; clones are the same clock.
