@@ -233,12 +233,51 @@ impl Registry {
                 existing: format!("{:?}", existing.config()),
                 requested: format!("{:?}", made.config()),
             }),
-            None if entries.keyed_breakers(made.name()).is_some() => Err(RegistryError::Taken {
-                service: made.name().clone(),
-                what: THE_BREAKER.into(),
-            }),
+            None if entries.keyed_breakers(made.name()).is_some() => Err(taken(made.name(), THE_BREAKER.into())),
             None => {
                 entries.insert_breaker(made.clone());
+                Ok(made)
+            }
+        }
+    }
+
+    /// The breakers of that service, one for each of up to `max_keys` keys, made now if there are none.
+    ///
+    /// ```
+    /// # use portcullis::{CircuitBreakerConfig, Registry};
+    /// let registry = Registry::new();
+    /// let config = CircuitBreakerConfig::default().failure_threshold(3);
+    /// let upstreams = registry.keyed_circuit_breaker("upstream", config, 1_000)?;
+    /// upstreams.get("eu.example").force_open();
+    /// let status = registry.service_status("upstream").unwrap();
+    /// assert_eq!(status.circuit_breakers.unwrap().open, 1);
+    /// # Ok::<(), portcullis::RegistryError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`RegistryError::Config`] for a setting or name that is not valid, [`RegistryError::Conflict`] if the breakers there have
+    /// another config or number of keys, [`RegistryError::Taken`] if the service has a breaker that is not keyed.
+    pub fn keyed_circuit_breaker(
+        &self,
+        service: impl Into<String>,
+        config: CircuitBreakerConfig,
+        max_keys: usize,
+    ) -> Result<KeyedCircuitBreaker, RegistryError> {
+        let builder = KeyedCircuitBreaker::builder(service).config(config).max_keys(max_keys);
+        let made = builder.clock(&self.shared.clock).build()?;
+        let mut entries = self.write();
+        match entries.keyed_breakers(made.name()) {
+            Some(existing) if existing.matches(&made) => Ok(existing.clone()),
+            Some(existing) => Err(RegistryError::Conflict {
+                service: made.name().clone(),
+                what: THE_BREAKER.into(),
+                existing: format!("{:?} for {} keys", existing.config(), existing.max_keys()),
+                requested: format!("{:?} for {max_keys} keys", made.config()),
+            }),
+            None if entries.breaker(made.name()).is_some() => Err(taken(made.name(), THE_BREAKER.into())),
+            None => {
+                entries.insert_keyed_breakers(made.clone());
                 Ok(made)
             }
         }
@@ -366,6 +405,12 @@ impl Registry {
     #[must_use]
     pub fn get_circuit_breaker(&self, service: &str) -> Option<CircuitBreaker> {
         self.read().breaker(service).cloned()
+    }
+
+    /// The keyed breakers of that service, if there are any.
+    #[must_use]
+    pub fn get_keyed_circuit_breaker(&self, service: &str) -> Option<KeyedCircuitBreaker> {
+        self.read().keyed_breakers(service).cloned()
     }
 
     /// The limiter of that service whose limit is named `default`, if there is one.

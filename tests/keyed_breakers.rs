@@ -443,6 +443,68 @@ fn a_registry_shows_a_set_and_gives_it_its_listeners() {
 }
 
 #[test]
+fn a_registry_makes_a_set_once_and_knows_it_by_its_name() {
+    let clock = Clock::manual();
+    let registry = Registry::with_clock(&clock);
+    let mut queue = registry.subscribe(10);
+    assert!(registry.get_keyed_circuit_breaker("shops").is_none());
+    let made = registry.keyed_circuit_breaker("shops", config(), 10).unwrap();
+    trip(&made, 1);
+    assert!(queue.try_recv().is_some(), "a registry's listeners hear it");
+
+    let spelled = config().probe_lease(OPEN);
+    let same = registry.keyed_circuit_breaker("shops", spelled, 10).unwrap(); // the default, spelled out
+    let got = registry.get_keyed_circuit_breaker("shops").unwrap();
+    for handle in [&same, &got] {
+        assert!(handle.try_acquire(&1).is_err(), "the same state");
+        assert_eq!(handle.max_keys(), 10);
+    }
+    registry.register(&made).expect("the same one");
+
+    clock.advance(OPEN);
+    assert_eq!(made.get(&1).state(), State::HalfOpen, "the registry's clock");
+    assert!(registry.get_circuit_breaker("shops").is_none());
+}
+
+#[test]
+fn another_config_or_size_of_a_set_is_an_error_that_shows_both() {
+    let registry = Registry::with_clock(Clock::manual());
+    let made = registry.keyed_circuit_breaker("shops", config(), 10).unwrap();
+    trip(&made, 1);
+    for (other, max_keys, shown) in [
+        (config().failure_threshold(99), 10, "failure_threshold: Some(99)"),
+        (config().critical(true), 10, "critical: true"),
+        (config(), 11, "for 11 keys"),
+    ] {
+        let error = registry.keyed_circuit_breaker("shops", other, max_keys).unwrap_err();
+        let RegistryError::Conflict {
+            service,
+            what,
+            existing,
+            requested,
+        } = &error
+        else {
+            panic!("{error}")
+        };
+        assert_eq!((service.as_str(), what.as_str()), ("shops", "the circuit breaker"));
+        assert!(requested.contains(shown) && !existing.contains(shown), "{error}");
+        assert!(existing.ends_with("for 10 keys"), "{error}");
+    }
+    assert_eq!(
+        registry.get_keyed_circuit_breaker("shops").unwrap().status(),
+        made.status()
+    );
+
+    let invalid = registry.keyed_circuit_breaker("shops", config().failure_threshold(0), 10);
+    assert!(matches!(invalid, Err(RegistryError::Config(_))));
+    for max_keys in [0, usize::MAX] {
+        let invalid = registry.keyed_circuit_breaker("other", config(), max_keys);
+        assert!(matches!(invalid, Err(RegistryError::Config(_))));
+    }
+    assert_eq!(registry.services(), ["shops"], "nothing half made");
+}
+
+#[test]
 fn a_service_has_one_breaker_or_one_for_each_key() {
     let clock = Clock::manual();
     let (set, other) = (keyed(&clock, 5), keyed(&clock, 5));
@@ -456,6 +518,7 @@ fn a_service_has_one_breaker_or_one_for_each_key() {
     let registry = Registry::new();
     registry.register(&one).unwrap();
     assert!(taken(registry.register(&set)));
+    assert!(taken(registry.keyed_circuit_breaker("shops", config(), 5).map(drop)));
 }
 
 // ---- As a layer --------------------------------------------------------------------------------------------------------------

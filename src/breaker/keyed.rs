@@ -356,6 +356,18 @@ impl KeyedCircuitBreaker {
         &self.set.config
     }
 
+    /// How many keys have a breaker of their own at most.
+    #[must_use]
+    pub fn max_keys(&self) -> usize {
+        self.set.max_keys
+    }
+
+    /// Whether the other set means the same: its config, in whatever spelling, and how many keys.
+    pub(crate) fn matches(&self, other: &Self) -> bool {
+        let (set, other) = (&*self.set, &*other.set);
+        set.settings == other.settings && set.config.critical == other.config.critical && set.max_keys == other.max_keys
+    }
+
     /// Calls `listener` on every event of every breaker; see [`Event`] for how.
     pub fn on_event(&self, listener: impl Fn(&Event) + Send + Sync + 'static) -> ListenerId {
         self.set.hub.on_event(listener)
