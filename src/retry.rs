@@ -55,9 +55,9 @@ use tower::{
 /// the traffic.
 ///
 /// The request is cloned for each attempt but the last.
-pub struct RetryRejected<B = RateLimiter, J = RejectionsOnly> {
+pub struct RetryRejected<B = RateLimiter, C = RejectionsOnly> {
     budget: Arc<B>,
-    judge: J,
+    classifier: C,
     /// For the request that this clone of the policy is for; a layer's own has all of them.
     retries_left: u32,
     max_wait: Duration,
@@ -70,7 +70,7 @@ impl<B: Budget> RetryRejected<B> {
     pub fn new(budget: B) -> Self {
         Self {
             budget: Arc::new(budget),
-            judge: RejectionsOnly,
+            classifier: RejectionsOnly,
             retries_left: 3,
             max_wait: Duration::from_secs(5),
             backoff: Duration::from_millis(100),
@@ -79,7 +79,7 @@ impl<B: Budget> RetryRejected<B> {
     }
 }
 
-impl<B, J> RetryRejected<B, J> {
+impl<B, C> RetryRejected<B, C> {
     /// How often one request may be retried. Default: 3.
     #[must_use]
     pub fn max_retries(mut self, retries: u32) -> Self {
@@ -128,14 +128,14 @@ impl<B, J> RetryRejected<B, J> {
     /// # Ok::<(), portcullis::ConfigError>(())
     /// ```
     #[must_use]
-    pub fn retry_if<F, V, Res, E>(self, judge: F) -> RetryRejected<B, RetryIf<F>>
+    pub fn retry_if<F, V, Res, E>(self, classify: F) -> RetryRejected<B, RetryIf<F>>
     where
         F: Fn(&Result<Res, E>) -> V + Clone,
         V: Into<Again>,
     {
         RetryRejected {
             budget: self.budget,
-            judge: RetryIf(judge),
+            classifier: RetryIf(classify),
             retries_left: self.retries_left,
             max_wait: self.max_wait,
             backoff: self.backoff,
@@ -158,12 +158,12 @@ impl<B, J> RetryRejected<B, J> {
     }
 }
 
-impl<B, J: Clone> Clone for RetryRejected<B, J> {
+impl<B, C: Clone> Clone for RetryRejected<B, C> {
     /// The same budget, not another one.
     fn clone(&self) -> Self {
         Self {
             budget: self.budget.clone(),
-            judge: self.judge.clone(),
+            classifier: self.classifier.clone(),
             retries_left: self.retries_left,
             max_wait: self.max_wait,
             backoff: self.backoff,
@@ -172,7 +172,7 @@ impl<B, J: Clone> Clone for RetryRejected<B, J> {
     }
 }
 
-impl<B: fmt::Debug, J> fmt::Debug for RetryRejected<B, J> {
+impl<B: fmt::Debug, C> fmt::Debug for RetryRejected<B, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RetryRejected")
             .field("budget", &self.budget)
@@ -206,18 +206,18 @@ impl From<Option<Duration>> for Again {
     }
 }
 
-/// Says of a result that is no rejection whether to retry.
-pub trait Judge<Res, E> {
+/// Says of a result that is no rejection whether to retry: [`RejectionsOnly`], or the closure of [`RetryRejected::retry_if`].
+pub trait ClassifyRetry<Res, E> {
     /// Whether, and when.
-    fn judge(&self, result: &Result<Res, E>) -> Again;
+    fn classify_retry(&self, result: &Result<Res, E>) -> Again;
 }
 
 /// Retries nothing but rejections: the default.
 #[derive(Debug, Clone, Copy)]
 pub struct RejectionsOnly;
 
-impl<Res, E> Judge<Res, E> for RejectionsOnly {
-    fn judge(&self, _: &Result<Res, E>) -> Again {
+impl<Res, E> ClassifyRetry<Res, E> for RejectionsOnly {
+    fn classify_retry(&self, _: &Result<Res, E>) -> Again {
         Again::No
     }
 }
@@ -232,25 +232,25 @@ impl<F> fmt::Debug for RetryIf<F> {
     }
 }
 
-impl<F: Fn(&Result<Res, E>) -> V, V: Into<Again>, Res, E> Judge<Res, E> for RetryIf<F> {
-    fn judge(&self, result: &Result<Res, E>) -> Again {
+impl<F: Fn(&Result<Res, E>) -> V, V: Into<Again>, Res, E> ClassifyRetry<Res, E> for RetryIf<F> {
+    fn classify_retry(&self, result: &Result<Res, E>) -> Again {
         (self.0)(result).into()
     }
 }
 
-impl<Req, Res, E, B, J> Policy<Req, Res, E> for RetryRejected<B, J>
+impl<Req, Res, E, B, C> Policy<Req, Res, E> for RetryRejected<B, C>
 where
     Req: Clone,
     E: 'static,
     B: Budget,
-    J: Judge<Res, E>,
+    C: ClassifyRetry<Res, E>,
 {
     type Future = RetryWait;
 
     fn retry(&mut self, _: &mut Req, result: &mut Result<Res, E>) -> Option<RetryWait> {
         let again = match result.as_ref().err().and_then(Rejected::find_in) {
             Some(rejected) => rejected.retry_after.into(),
-            None => self.judge.judge(result),
+            None => self.classifier.classify_retry(result),
         };
         // As tower's own example does: what succeeded pays for what did not.
         if again == Again::No && result.is_ok() {
