@@ -348,7 +348,7 @@ fn encode_limiters(page: &mut Page, limiters: &[&RateLimiterStatus]) {
     page.family(
         Kind::Counter,
         "rate_limiter_returned",
-        "Requests, among the admitted ones, that were given back unused.",
+        "Requests, among the admitted ones, that were taken back unused.",
         limiters.iter().map(|it| (labels(it), it.returned_requests as f64)),
     );
     page.family(

@@ -394,6 +394,7 @@ fn a_call_that_is_free_to_begin_is_charged_at_its_key_what_it_cost_in_truth() {
     }
     limiter.try_acquire_n("c", 0).unwrap().unused();
     assert_eq!(keys(&limiter).tracked, 2, "nor one whose calls stayed free");
+    assert_eq!(limiter.status().returned_requests, 1, "one of them was not made");
 }
 
 #[test]
@@ -420,6 +421,11 @@ fn a_permit_outlives_the_place_of_its_key() {
     limiter.try_acquire("b").unwrap();
     assert_eq!(keys(&limiter).evicted, 1, "a has made room for b");
     unused.unused();
+    assert_eq!(
+        limiter.status().returned_requests,
+        0,
+        "what is given back to it is lost"
+    );
     cheaper.settle(Verdict::new(Outcome::Success).cost(1));
     clock.advance(Duration::from_secs(10));
     dearer.settle(Verdict::new(Outcome::Success).cost(8));
@@ -444,6 +450,10 @@ fn a_window_takes_back_only_what_it_gave_itself() {
         limiter.try_acquire("a").is_err(),
         "the present admission is not the one that comes back"
     );
+    assert_eq!(limiter.status().returned_requests, 0, "a permit that stays is spent");
+    clock.advance(MINUTE);
+    limiter.try_acquire("a").unwrap().unused();
+    assert_eq!(limiter.status().returned_requests, 1);
 }
 
 #[test]

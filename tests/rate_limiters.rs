@@ -284,6 +284,11 @@ fn a_cost_of_zero_is_free() {
         assert_eq!(drain(&limiter), 1);
         free.unused();
         assert!(limiter.try_acquire().is_err(), "nothing taken, nothing given back");
+        assert_eq!(
+            limiter.status().returned_requests,
+            1,
+            "the call was not made all the same"
+        );
         limiter.try_acquire_n(0).expect("also when nothing is left");
     }
 }
@@ -545,11 +550,13 @@ fn a_sliding_window_takes_back_only_its_newest_admission() {
     let newer = limiter.try_acquire().unwrap();
     older.unused();
     assert!(equal(limiter.status().available_tokens, 1.0), "others have come since");
+    assert_eq!(limiter.status().returned_requests, 0, "it is spent");
     newer.unused();
     assert!(
         equal(limiter.status().available_tokens, 2.0),
         "the newest is taken back"
     );
+    assert_eq!(limiter.status().returned_requests, 1);
     assert_eq!(drain(&limiter), 2);
     clock.advance(MINUTE);
     assert_eq!(drain(&limiter), 3);
@@ -1314,20 +1321,25 @@ fn refunds_that_race_with_admissions_neither_exceed_a_window_nor_wedge_it() {
 fn threads_that_take_and_give_back_leave_everything_there() {
     for algorithm in a_minute(8) {
         let (clock, limiter) = limiter(algorithm);
-        let returned = AtomicU64::new(0);
+        let unused = AtomicU64::new(0);
         on_threads(3, |thread| {
             let cost = u32::try_from(thread).unwrap() + 1;
             for _ in 0..10_000 {
                 if let Ok(permit) = limiter.try_acquire_n(cost) {
                     permit.unused();
-                    returned.fetch_add(1, Ordering::Relaxed);
+                    unused.fetch_add(1, Ordering::Relaxed);
                 }
             }
         });
-        assert_eq!(limiter.status().returned_requests, returned.into_inner());
+        let status = limiter.status();
+        let kept = unused.into_inner() - status.returned_requests;
         if algorithm.as_str() == "sliding_window" {
-            // What was no longer the newest stays for its window.
+            // What was no longer the newest stays for its window, and costs 1 to 3.
+            let used = 8.0 - status.available_tokens;
+            assert!(kept as f64 <= used && used <= 3.0 * kept as f64, "{kept} kept: {used}");
             clock.advance(MINUTE);
+        } else {
+            assert_eq!(kept, 0, "{algorithm:?}");
         }
         assert_eq!(drain(&limiter), 8, "{algorithm:?}");
     }

@@ -81,7 +81,9 @@ impl Drop for Place {
         let core: &Core = &self.limiter.shared;
         // Out of the line first: a sliding window could not take back what it served to who leaves once the next is served too.
         match core.queue.leave(self.number) {
-            (Some(admission), _) => core.give_back(admission, self.cost, core.clock.now()),
+            (Some(admission), _) => {
+                core.give_back(admission, self.cost, core.clock.now());
+            }
             (None, true) => core.serve(core.clock.now()),
             (None, false) => {}
         }

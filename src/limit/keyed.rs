@@ -731,13 +731,15 @@ impl Permit for KeyedPermit {
         let Some(share) = self.share.take() else {
             return;
         };
-        share.add(counter::RETURNED, 1);
         let set = share.state();
         let now = now.at(&set.clock);
-        set.at(self.place, |view| {
+        let taken_back = set.at(self.place, |view| {
             view.roll(now);
             view.give_back(self.admission, self.cost, now)
         });
+        if self.cost == 0 || taken_back == Some(true) {
+            share.add(counter::RETURNED, 1);
+        }
     }
 
     fn quotas(&self, now: &Reading, tell: &mut dyn FnMut(Quota)) {

@@ -187,11 +187,17 @@ impl Core {
             .map_or(until, |next_move| until.min(next_move))
     }
 
-    fn give_back(&self, admission: Admission, cost: u32, now: Timestamp) {
+    /// Takes back what was not used; `false` if it can no longer be.
+    fn give_back(&self, admission: Admission, cost: u32, now: Timestamp) -> bool {
         self.roll(now);
-        if cost > 0 && self.state().give_back(admission, cost, now) {
+        if cost == 0 {
+            return true;
+        }
+        let taken_back = self.state().give_back(admission, cost, now);
+        if taken_back {
             self.serve(now);
         }
+        taken_back
     }
 
     /// Corrects what was reserved to what the call cost in truth, where that is known.
@@ -713,9 +719,10 @@ impl Permit for RateLimitPermit {
 
     fn unused(mut self, now: &Reading) {
         if let Some(share) = self.share.take() {
-            share.add(counter::RETURNED, 1);
             let core = share.state();
-            core.give_back(self.admission, self.cost, now.at(&core.clock));
+            if core.give_back(self.admission, self.cost, now.at(&core.clock)) {
+                share.add(counter::RETURNED, 1);
+            }
         }
     }
 }
