@@ -116,14 +116,15 @@ impl<B, C> RetryRejected<B, C> {
     /// left them that answers with responses:
     ///
     /// ```
-    /// # use portcullis::{RateLimiter, Rejected, TokenBucket, retry::RetryRejected};
+    /// # use portcullis::{RateLimiter, Rejected, TokenBucket};
     /// # use std::{convert::Infallible, time::Duration};
     /// use axum::response::Response;
+    /// use portcullis::retry::{Again, RetryRejected};
     ///
     /// # let budget = RateLimiter::new("search", TokenBucket::new(10, Duration::from_secs(1)))?;
-    /// let policy = RetryRejected::new(budget).retry_if(|result: &Result<Response, Infallible>| {
-    ///     let response = result.as_ref().ok()?;
-    ///     response.extensions().get::<Rejected>()?.retry_after
+    /// let policy = RetryRejected::new(budget).retry_if(|result: &Result<Response, Infallible>| match result {
+    ///     Ok(response) => response.extensions().get::<Rejected>().map_or(Again::No, Again::from),
+    ///     Err(_) => Again::No,
     /// });
     /// # Ok::<(), portcullis::ConfigError>(())
     /// ```
@@ -146,7 +147,7 @@ impl<B, C> RetryRejected<B, C> {
     /// The wait that this asks for, if it is no longer than any may be.
     fn wait(&mut self, again: Again) -> Option<Duration> {
         match again {
-            Again::No => None,
+            Again::No | Again::GiveUp => None,
             Again::After(wait) => Some(wait).filter(|wait| *wait <= self.max_wait),
             Again::Backoff => {
                 let whole = self.backoff.min(self.max_wait);
@@ -186,8 +187,10 @@ impl<B: fmt::Debug, C> fmt::Debug for RetryRejected<B, C> {
 /// Whether a call is to be made again, and when; what a closure of [`RetryRejected::retry_if`] says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Again {
-    /// No: the caller gets the result.
+    /// No: the caller gets the result. If it is an `Ok`, it pays into the budget.
     No,
+    /// No, and it is no success even if it is an `Ok` (a rejection that a response carries, a 500): it pays nothing in.
+    GiveUp,
     /// After a wait that grows from retry to retry.
     Backoff,
     /// After this time.
@@ -203,6 +206,13 @@ impl From<bool> for Again {
 impl From<Option<Duration>> for Again {
     fn from(wait: Option<Duration>) -> Self {
         wait.map_or(Self::No, Self::After)
+    }
+}
+
+impl From<&Rejected> for Again {
+    /// When the rejection says; one that tells no time is given up.
+    fn from(rejected: &Rejected) -> Self {
+        rejected.retry_after.map_or(Self::GiveUp, Self::After)
     }
 }
 
@@ -249,7 +259,7 @@ where
 
     fn retry(&mut self, _: &mut Req, result: &mut Result<Res, E>) -> Option<RetryWait> {
         let again = match result.as_ref().err().and_then(Rejected::find_in) {
-            Some(rejected) => rejected.retry_after.into(),
+            Some(rejected) => rejected.into(),
             None => self.classifier.classify_retry(result),
         };
         // As tower's own example does: what succeeded pays for what did not.

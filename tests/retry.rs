@@ -7,6 +7,7 @@ use portcullis::{
     retry::{Again, RetryRejected},
 };
 use std::{
+    convert::Infallible,
     io,
     sync::{
         Arc,
@@ -420,9 +421,9 @@ fn a_rejection_that_a_response_carries_is_retried_as_it_says() {
         Ok(response)
     };
     let policy = RetryRejected::new(budget(&clock, 9)).clock(&clock).retry_if(
-        |result: &Result<Response<String>, std::convert::Infallible>| {
-            let response = result.as_ref().ok()?;
-            response.extensions().get::<Rejected>()?.retry_after
+        |result: &Result<Response<String>, Infallible>| {
+            let why = result.as_ref().ok().and_then(|response| response.extensions().get());
+            why.map_or(Again::No, |why: &Rejected| why.into())
         },
     );
     let service = ServiceBuilder::new()
@@ -498,6 +499,65 @@ fn neither_a_failure_nor_a_success_that_is_retried_is_paid_in() {
     assert_eq!(assert_ready!(task::spawn(service.oneshot(1)).poll()).unwrap(), 2);
     assert_eq!(PURSE.left.load(Ordering::SeqCst), 0, "retried once");
     assert_eq!(PURSE.deposits.load(Ordering::SeqCst), 0);
+}
+
+/// A service behind the breaker that answers a rejection with a response, and a policy that finds it there.
+fn answering<B: Budget>(
+    breaker: &CircuitBreaker,
+    policy: RetryRejected<B>,
+) -> impl Service<u32, Response = Result<u32, Rejected>, Error = Infallible> + Clone {
+    let policy = policy.retry_if(|result: &Result<Result<u32, Rejected>, Infallible>| match result {
+        Ok(Err(why)) => Again::from(why),
+        _ => Again::No,
+    });
+    ServiceBuilder::new()
+        .layer(RetryLayer::new(policy))
+        .layer(CircuitBreakerLayer::new(breaker.clone()).fallback_with(async |_, why| Ok(Err(why))))
+        .service(service_fn(async |question: u32| Ok(Ok(question + 1))))
+}
+
+#[test]
+fn a_rejection_in_a_response_that_is_not_retried_is_paid_neither_in_nor_out() {
+    static PURSE: Purse = Purse {
+        deposits: AtomicUsize::new(0),
+        left: AtomicUsize::new(5),
+    };
+    let purse = || (PURSE.deposits.load(Ordering::SeqCst), PURSE.left.load(Ordering::SeqCst));
+    let clock = Clock::manual();
+    let breaker = open(&clock);
+    let service = answering(&breaker, RetryRejected::new(&PURSE).clock(&clock));
+    let mut retried = task::spawn(service.clone().oneshot(1));
+    assert_pending!(retried.poll(), "it tells a time");
+    assert_eq!(purse(), (0, 4));
+    breaker.force_open();
+    let Ok(Err(why)) = assert_ready!(task::spawn(service.clone().oneshot(1)).poll()) else {
+        panic!("it was called")
+    };
+    assert_eq!(why.reason, Reason::ForcedOpen);
+    assert_eq!(purse(), (0, 4), "no time to wait for, and no success");
+    breaker.reset();
+    assert_ready!(task::spawn(service.oneshot(1)).poll()).unwrap().unwrap();
+    assert_eq!(purse(), (1, 4));
+}
+
+#[tokio::test(start_paused = true)]
+async fn forced_open_circuits_do_not_fill_the_budget_of_tower() {
+    let breaker = open(Clock::system());
+    // One retry for each success, and none besides.
+    let budget = TpsBudget::new(SECOND * 10, 0, 1.0);
+    let service = answering(&breaker, RetryRejected::new(budget));
+    breaker.force_open();
+    for _ in 0..100 {
+        service.clone().oneshot(1).await.unwrap().unwrap_err();
+    }
+    breaker.reset();
+    breaker.try_acquire().unwrap().settle(Outcome::Failure);
+    let why = service.clone().oneshot(1).await.unwrap().unwrap_err();
+    assert_eq!(why.reason, Reason::Open, "nothing has been paid in for a retry");
+    breaker.reset();
+    service.clone().oneshot(1).await.unwrap().unwrap();
+    breaker.try_acquire().unwrap().settle(Outcome::Failure);
+    assert_eq!(service.oneshot(1).await.unwrap().unwrap(), 2, "one success, one retry");
 }
 
 #[tokio::test(start_paused = true)]
