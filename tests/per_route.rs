@@ -9,8 +9,9 @@ use axum::{
 use futures_util::FutureExt;
 use http::{Method, Request, StatusCode};
 use portcullis::{
-    CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, Outcome, PerRoute, RateLimitLayer, RateLimiter, Rejected,
-    State, TokenBucket, policy,
+    CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, ManualClock, Outcome, PerRoute, RateLimitLayer,
+    RateLimiter, Reason, Rejected, State, TokenBucket,
+    policy::{self, Never, NotReady, Policy},
 };
 use std::{convert::Infallible, time::Duration};
 use tower::{Layer, Service, ServiceExt, service_fn};
@@ -365,6 +366,80 @@ async fn in_a_pair_the_refusal_of_a_route_burns_nothing() {
         (all.status().accepted_requests, search.status().rejected_requests),
         (1, 2)
     );
+}
+
+#[test]
+fn in_a_pair_a_refused_call_takes_no_probe_of_the_breaker_that_is_picked_for_it() {
+    /// Half-open by the clock, and nobody has called since.
+    fn due() -> (ManualClock, CircuitBreaker) {
+        let clock = Clock::manual();
+        let breaker = CircuitBreaker::builder("search")
+            .failure_threshold(1)
+            .half_open_max_calls(1)
+            .success_threshold(1)
+            .clock(&clock)
+            .build()
+            .unwrap();
+        breaker.try_acquire().unwrap().settle(Outcome::Failure);
+        clock.advance(Duration::from_secs(60));
+        (clock, breaker)
+    }
+    fn check<P>(shape: &str, pick: impl Fn(&CircuitBreaker) -> P)
+    where
+        P: Policy<Request<Body>, Wait = Never<<P as Policy<Request<Body>>>::Permit>> + Clone,
+    {
+        let (_clock, breaker) = due();
+        let (all, mut events) = (limiter("all", 1), breaker.subscribe(8));
+        all.try_acquire().unwrap();
+        let picked = pick(&breaker);
+        for first in [true, false] {
+            let exhausted = all.clone();
+            let answer = if first {
+                let guard = GuardLayer::new((picked.clone(), exhausted)).layer(service_fn(ok));
+                guard.oneshot(request(Method::GET, "/search")).now_or_never()
+            } else {
+                let guard = GuardLayer::new((exhausted, picked.clone())).layer(service_fn(ok));
+                guard.oneshot(request(Method::GET, "/search")).now_or_never()
+            };
+            let error = answer.unwrap().unwrap_err();
+            assert_eq!(Rejected::find(&*error).unwrap().reason, Reason::OverLimit, "{shape}");
+            assert!(
+                events.try_recv().is_none(),
+                "{shape}: it probes when a call comes through, not when one is refused"
+            );
+        }
+        let guard = GuardLayer::new(picked).layer(service_fn(ok));
+        guard
+            .oneshot(request(Method::GET, "/search"))
+            .now_or_never()
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            breaker.state(),
+            State::Closed,
+            "{shape}: the first call that comes through"
+        );
+    }
+    async fn ok(_: Request<Body>) -> Result<(), Infallible> {
+        Ok(())
+    }
+    let by_route = |breaker: &CircuitBreaker| PerRoute::builder().any("/search", breaker.clone()).build().unwrap();
+    check("by route", by_route);
+    check("by closure", |breaker| {
+        let picked = breaker.clone();
+        policy::select(move |_: &Request<Body>| Some(picked.clone()))
+    });
+    check("one that is not ready", |breaker| {
+        let not_ready = NotReady::new(breaker.clone());
+        PerRoute::builder().any("/search", not_ready).build().unwrap()
+    });
+    check("in a pair", |breaker| {
+        let pair = (limiter("search", 9), breaker.clone());
+        PerRoute::builder().any("/search", pair).build().unwrap()
+    });
+    check("twice", |breaker| {
+        PerRoute::builder().any("/search", by_route(breaker)).build().unwrap()
+    });
 }
 
 #[test]

@@ -79,7 +79,7 @@ pub use waiting::{Waitable, Waiting};
 pub use crate::{clock::Reading, permit::Permit};
 
 use crate::{
-    breaker::{CircuitBreaker, CircuitBreakerPermit, Reservation},
+    breaker::{CircuitBreaker, CircuitBreakerPermit, Reservation, nobody},
     limit::{RateLimitPermit, RateLimiter},
     permit::Verdict,
     rejected::Rejected,
@@ -106,6 +106,22 @@ pub enum Readiness<R> {
     Rejected(Rejected),
 }
 
+impl<R> Readiness<R> {
+    /// Both, if this does not refuse.
+    fn and<S>(self, other: impl FnOnce() -> Readiness<S>) -> Readiness<(R, S)> {
+        let (first, waits) = match self {
+            Self::Ready(first) => (first, false),
+            Self::Pending(first) => (first, true),
+            Self::Rejected(why) => return Readiness::Rejected(why),
+        };
+        match other() {
+            Readiness::Ready(second) if !waits => Readiness::Ready((first, second)),
+            Readiness::Ready(second) | Readiness::Pending(second) => Readiness::Pending((first, second)),
+            Readiness::Rejected(why) => Readiness::Rejected(why),
+        }
+    }
+}
+
 /// The part of a policy that needs no request: what happens in `poll_ready`. See the [module](self) for an example.
 pub trait Gate {
     /// What a readied service holds until it is called. Dropped, it is given back.
@@ -115,6 +131,12 @@ pub trait Gate {
     ///
     /// A service that is called without having been asked whether it is ready asks with a waker that wakes nobody.
     fn reserve(&self, held: Option<Self::Reserved>, now: &Reading, cx: &mut Context<'_>) -> Readiness<Self::Reserved>;
+
+    /// What to ask [`Policy::refusal`] with for a service that was never readied: the policy was picked by the request. Should
+    /// take nothing. Default: reserves for the moment.
+    fn look(&self, now: &Reading) -> Readiness<Self::Reserved> {
+        self.reserve(None, now, &mut Context::from_waker(nobody()))
+    }
 
     /// Counts a rejection that [`reserve`](Self::reserve) or [`Policy::refusal`] gave, if it is of this policy. Default: it
     /// counts nothing.
@@ -331,6 +353,10 @@ impl Gate for CircuitBreaker {
         CircuitBreaker::reserve(self, held, now).into()
     }
 
+    fn look(&self, _: &Reading) -> Readiness<Reservation> {
+        Readiness::Ready(Reservation::default())
+    }
+
     fn count(&self, why: &Rejected, now: &Reading) -> bool {
         let own = why.limit.is_none() && why.service == *self.name();
         if own {
@@ -417,17 +443,12 @@ impl<A: Gate, B: Gate> Gate for (A, B) {
 
     fn reserve(&self, held: Option<Self::Reserved>, now: &Reading, cx: &mut Context<'_>) -> Readiness<Self::Reserved> {
         let (first, second) = held.unzip();
-        let (first, waits) = match self.0.reserve(first, now, cx) {
-            Readiness::Ready(first) => (first, false),
-            Readiness::Pending(first) => (first, true),
-            Readiness::Rejected(why) => return Readiness::Rejected(why),
-        };
         // A refusal by the second drops, and so returns, what the first reserved.
-        match self.1.reserve(second, now, cx) {
-            Readiness::Ready(second) if !waits => Readiness::Ready((first, second)),
-            Readiness::Ready(second) | Readiness::Pending(second) => Readiness::Pending((first, second)),
-            Readiness::Rejected(why) => Readiness::Rejected(why),
-        }
+        self.0.reserve(first, now, cx).and(|| self.1.reserve(second, now, cx))
+    }
+
+    fn look(&self, now: &Reading) -> Readiness<Self::Reserved> {
+        self.0.look(now).and(|| self.1.look(now))
     }
 
     fn count(&self, why: &Rejected, now: &Reading) -> bool {

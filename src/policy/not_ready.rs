@@ -81,6 +81,10 @@ impl Gate for NotReady {
         }
     }
 
+    fn look(&self, _: &Reading) -> Readiness<Standby> {
+        Readiness::Ready(Standby::default())
+    }
+
     fn count(&self, why: &Rejected, now: &Reading) -> bool {
         Gate::count(&self.breaker, why, now)
     }

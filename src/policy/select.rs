@@ -86,17 +86,18 @@ fn reserve<P: Gate>(policy: &P, now: &Reading) -> Result<P::Reserved, Rejected> 
     }
 }
 
+/// Asks what the policy refuses, without taking anything.
 pub(crate) fn refusal<P: Policy<Req>, Req>(policy: &P, request: &Req, now: &Reading) -> Option<Rejected> {
-    match reserve(policy, now) {
-        Ok(reserved) => policy.refusal(&reserved, request, now),
-        Err(why) => Some(why),
+    match policy.look(now) {
+        Readiness::Ready(looked) | Readiness::Pending(looked) => policy.refusal(&looked, request, now),
+        Readiness::Rejected(why) => Some(why),
     }
 }
 
 pub(crate) fn refuse<P: Policy<Req>, Req>(policy: &P, request: &Req, now: &Reading) -> Option<Rejected> {
-    match reserve(policy, now) {
-        Ok(reserved) => policy.refuse(&reserved, request, now),
-        Err(why) => {
+    match policy.look(now) {
+        Readiness::Ready(looked) | Readiness::Pending(looked) => policy.refuse(&looked, request, now),
+        Readiness::Rejected(why) => {
             policy.count(&why, now);
             Some(why)
         }
