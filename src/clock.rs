@@ -137,6 +137,26 @@ impl Clock {
         }
     }
 
+    /// The clock, if there is one of its kind: then it can be named by a bit.
+    pub(crate) fn kind(&self) -> Option<ClockKind> {
+        match &self.0 {
+            Source::System => Some(ClockKind::System),
+            Source::Manual(_) => None,
+            #[cfg(feature = "fast-clock")]
+            Source::Fast(_) => Some(ClockKind::Fast),
+        }
+    }
+
+    /// The one clock of a kind.
+    #[inline]
+    pub(crate) fn of_kind(kind: ClockKind) -> Self {
+        match kind {
+            ClockKind::System => Self(Source::System),
+            #[cfg(feature = "fast-clock")]
+            ClockKind::Fast => Self(Source::Fast(FastClock::get())),
+        }
+    }
+
     /// A future that is ready once the clock has reached `deadline`, or a little earlier: whoever awaits it looks again.
     pub(crate) fn sleep_until(&self, deadline: Timestamp) -> Sleep {
         // Tokio's timer rounds up to its next millisecond; far instants overflow it.
@@ -165,6 +185,14 @@ impl Clock {
             Source::Manual(manual) => Arc::as_ptr(&manual.0).addr(),
         }
     }
+}
+
+/// A clock of which there is one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ClockKind {
+    System,
+    #[cfg(feature = "fast-clock")]
+    Fast,
 }
 
 impl Default for Clock {

@@ -41,19 +41,22 @@ const SEATS: usize = 256;
 /// How many threads have lines of their own. Reading a status walks all of them.
 const OWN_LINES: usize = 64;
 
-/// How many counters a state may have. Two more count its shares.
-pub(crate) const COUNTERS: usize = 14;
+/// How many words a line has. The first twelve are counters of the state's own; two count what was done in one generation of the
+/// state, and two its shares.
+const WORDS: usize = 16;
+const GENERATION: usize = 12;
+const DONE: usize = 13;
 const BEGUN: usize = 14;
 const ENDED: usize = 15;
 
 /// Counters that one thread writes, or all those that have no line to themselves. The alignment keeps neighbours (and the line that a prefetcher
 /// pulls along) apart.
 #[repr(align(128))]
-struct Line([AtomicU64; COUNTERS + 2]);
+struct Line([AtomicU64; WORDS]);
 
 impl Line {
     const fn zero() -> Self {
-        Self([const { AtomicU64::new(0) }; COUNTERS + 2])
+        Self([const { AtomicU64::new(0) }; WORDS])
     }
 
     /// Adds to a line that only this thread writes. `Release`, for the ends of shares; counters order nothing, and a reader that
@@ -62,6 +65,26 @@ impl Line {
     fn add_as_owner(&self, counter: usize, n: u64) {
         let count = &self.0[counter];
         count.store(count.load(Ordering::Relaxed).wrapping_add(n), Ordering::Release);
+    }
+
+    /// Counts what was done in a generation, from nothing if it is the line's first in that generation. Those of one thread only
+    /// rise. The count is put back before the generation is named: nobody takes an old count for one of the new generation.
+    #[inline]
+    fn count_done(&self, generation: u64) {
+        if self.0[GENERATION].load(Ordering::Relaxed) != generation {
+            self.0[DONE].store(0, Ordering::Release);
+            self.0[GENERATION].store(generation, Ordering::Release);
+        }
+        self.add_as_owner(DONE, 1);
+    }
+
+    /// What this line's thread has done in a generation that is not over.
+    fn done(&self, generation: u64) -> u64 {
+        if self.0[GENERATION].load(Ordering::Acquire) == generation {
+            self.0[DONE].load(Ordering::Acquire)
+        } else {
+            0
+        }
     }
 
     fn add_as_one_of_many(&self, counter: usize, n: u64) {
@@ -220,6 +243,19 @@ impl Home {
         match &self.0 {
             HomeKind::Seat(seat) => seat.add(counter, n),
             HomeKind::Standing(standing) => standing.line.add_as_one_of_many(counter, n),
+        }
+    }
+
+    /// Whether threads have lines of their own here.
+    pub(crate) fn has_lines(&self) -> bool {
+        matches!(self.0, HomeKind::Seat(_))
+    }
+
+    /// What all threads together have done in a generation that is not over. It only grows.
+    pub(crate) fn done(&self, generation: u64) -> u64 {
+        match &self.0 {
+            HomeKind::Seat(seat) => seat.lines().map(|line| line.done(generation)).sum(),
+            HomeKind::Standing(_) => 0,
         }
     }
 
@@ -385,6 +421,18 @@ impl Sitting {
         if self.0.hot.closing.load(Ordering::Acquire) {
             self.0.clear_if_left();
         }
+    }
+
+    /// Counts one as done in a generation, adds one to a counter and ends the share, which is to be forgotten now; `false`, and
+    /// nothing has happened, if the thread has no line to itself.
+    #[inline]
+    pub(crate) fn count_done_and_end(&self, counter: usize, generation: u64) -> bool {
+        let Some(line) = self.0.own_line() else {
+            return false;
+        };
+        line.count_done(generation);
+        self.count_and_end(counter);
+        true
     }
 
     /// Adds one to a counter and ends the share, which is to be forgotten now.

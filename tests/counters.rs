@@ -112,13 +112,14 @@ fn a_permit_that_a_thread_local_drops_at_the_end_of_its_thread_is_counted() {
     }
     let breaker = breaker();
     for _ in 0..50 {
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                LATE.with_borrow_mut(|late| late.push(breaker.try_acquire().unwrap()));
-                breaker.try_acquire().unwrap().settle(Outcome::Success);
-                LATE.with_borrow_mut(|late| late.push(breaker.try_acquire().unwrap()));
-            });
+        let breaker = breaker.clone();
+        let thread = thread::spawn(move || {
+            LATE.with_borrow_mut(|late| late.push(breaker.try_acquire().unwrap()));
+            breaker.try_acquire().unwrap().settle(Outcome::Success);
+            LATE.with_borrow_mut(|late| late.push(breaker.try_acquire().unwrap()));
         });
+        // Unlike the end of a scope, this waits for the thread locals.
+        thread.join().unwrap();
     }
     let metrics = breaker.status().metrics;
     assert_eq!((metrics.successful_requests, metrics.cancelled_requests), (50, 100));

@@ -261,7 +261,7 @@ impl Set {
             }
             if let Some(entry) = shard.remove(&fingerprint) {
                 drop(shard);
-                let transitions = entry.breaker.shared.machine().view(now).transitions;
+                let transitions = entry.breaker.shared.caught_up().view(now).transitions;
                 books.retired.add(&entry.breaker, transitions);
                 books.evicted += 1;
                 return Some((place, entry));
@@ -272,7 +272,7 @@ impl Set {
 
     /// The caller holds the shard for writing: who finds no other handle now finds none until it is done.
     fn is_as_new(&self, breaker: &mut CircuitBreaker, now: Timestamp) -> bool {
-        breaker.shared.is_sole() && breaker.shared.machine().is_as_new(now) && *breaker.shared.config() == self.config
+        breaker.shared.is_sole() && breaker.shared.caught_up().is_as_new(now) && *breaker.shared.config() == self.config
     }
 }
 
@@ -405,7 +405,7 @@ impl KeyedCircuitBreaker {
         sums.transitions = books.retired.transitions;
         for shard in set.shards.each() {
             for (fingerprint, entry) in &*shard {
-                let view = entry.breaker.shared.machine().view(now);
+                let view = entry.breaker.shared.caught_up().view(now);
                 sums.add(&entry.breaker, view.transitions);
                 match view.state {
                     State::Closed => {}
@@ -419,7 +419,7 @@ impl KeyedCircuitBreaker {
                 }
             }
         }
-        let overflow = set.overflow.shared.machine().view(now);
+        let overflow = set.overflow.shared.caught_up().view(now);
         sums.add(&set.overflow, overflow.transitions);
         let (tracked, evicted, overflowed) = (books.ring.len(), books.evicted, books.overflowed);
         drop(books);

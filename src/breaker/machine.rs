@@ -56,6 +56,19 @@ enum Mode {
     HalfOpen { successes: u32 },
 }
 
+/// What becomes of a success that was not slow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Quick {
+    /// Nothing: it would leave the machine as it is.
+    Nothing,
+    /// It is enough that it is counted, and told by the next [`catch_up`](Machine::catch_up).
+    Count,
+    /// The same, for those that end in this time.
+    CountWithin(Timestamp, Timestamp),
+    /// It may move the machine.
+    Record,
+}
+
 /// What readers see: the machine as the next mutator would find it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct View {
@@ -81,6 +94,9 @@ pub(super) struct Machine {
     /// When the generation's state began.
     since: Timestamp,
     consecutive: u32,
+    /// How many of this generation's counted successes are recorded, and the time for which those that follow are counted.
+    caught_up: u64,
+    tenth: Timestamp,
     times: Option<FailureTimes>,
     window: Option<RateWindow>,
     /// Running probes with their leases, of every generation: a slot is taken as long as its probe may be in the service.
@@ -100,6 +116,8 @@ impl Machine {
             generation: 1,
             since: now,
             consecutive: 0,
+            caught_up: 0,
+            tenth: now,
             times: new_times(&settings),
             window: settings.window.map(RateWindow::new),
             probes: BTreeSet::new(),
@@ -132,9 +150,42 @@ impl Machine {
         }
     }
 
-    /// Whether a quick success in a closed circuit would change nothing.
-    pub(super) fn is_clean(&self) -> bool {
-        self.consecutive == 0 && self.window.as_ref().is_none_or(RateWindow::is_clean)
+    /// What becomes of the quick successes of a closed circuit from now on, until the next step.
+    ///
+    /// A success cannot trip where no rate is reached: it only makes the rates smaller, and so do those after it, until a tenth
+    /// of a window of time runs out and takes other successes with it. Where a rate is reached, and only the minimum of calls is
+    /// not, a success may trip.
+    pub(super) fn quick(&mut self, now: Timestamp) -> Quick {
+        match &self.window {
+            Some(window) if !window.is_clean() => {
+                if self.is_reached(window.tally(now)) {
+                    return Quick::Record;
+                }
+                match window {
+                    RateWindow::Calls(_) => Quick::Count,
+                    RateWindow::Time(window) => {
+                        let (start, end) = window.tenth(now);
+                        self.tenth = start;
+                        Quick::CountWithin(start, end)
+                    }
+                }
+            }
+            // It ends a run of failures.
+            _ if self.consecutive > 0 => Quick::Count,
+            _ => Quick::Nothing,
+        }
+    }
+
+    /// Records the successes that were only counted since the last step, told how many there are in this generation.
+    pub(super) fn catch_up(&mut self, counted: u64) {
+        let new = counted.saturating_sub(self.caught_up);
+        if new > 0 {
+            self.caught_up = counted;
+            self.consecutive = 0;
+            if let Some(window) = &mut self.window {
+                window.succeed(new, self.tenth);
+            }
+        }
     }
 
     /// Whether a new machine would do the same from now on: closed by itself, and without a failure or a slow call to remember.
@@ -308,10 +359,15 @@ impl Machine {
         let Some(tally) = self.window.as_ref().map(|window| window.tally(now)) else {
             return false;
         };
+        tally.calls >= settings.minimum_calls && self.is_reached(tally)
+    }
+
+    /// Whether one of the rates is as high as may be.
+    fn is_reached(&self, tally: Tally) -> bool {
+        let settings = &self.settings;
         let reached = |rate: Option<f64>, most: Option<f64>| rate.zip(most).is_some_and(|(rate, most)| rate >= most);
-        tally.calls >= settings.minimum_calls
-            && (reached(tally.failure_rate(), settings.failure_rate)
-                || reached(tally.slow_rate(), settings.slow_calls.map(|(rate, _)| rate)))
+        reached(tally.failure_rate(), settings.failure_rate)
+            || reached(tally.slow_rate(), settings.slow_calls.map(|(rate, _)| rate))
     }
 
     /// Opens: for the configured time, or for as long as the service asked.
@@ -365,6 +421,7 @@ impl Machine {
 
     fn begin_generation(&mut self, at: Timestamp) {
         self.generation += 1;
+        self.caught_up = 0;
         self.since = at;
     }
 
@@ -406,6 +463,7 @@ impl Machine {
         }
         self.settings = settings;
         self.generation += 1;
+        self.caught_up = 0;
     }
 
     pub(super) fn view(&self, now: Timestamp) -> View {

@@ -6,16 +6,28 @@
 //! in one packed *word* that only changes when the machine does; a healthy call reads it twice and writes nothing shared.
 //!
 //! ```text
-//! bits 0..3   mode: how to admit
-//! bit  3      refusing: every acquire before `until` is refused
-//! bit  4      clean: a quick success in this generation would change nothing
-//! bit  5      timed: calls longer than `slow` are slow, so a permit notes when it began
-//! bit  6      half-open: what a refusing word refuses for
-//! bits 8..64  generation
+//! bits  0..3   mode: how to admit
+//! bit   3      refusing: every acquire before `until` is refused
+//! bit   4      clean: a quick success in this generation would change nothing
+//! bit   5      timed: calls longer than `slow` are slow, so a permit notes when it began
+//! bit   6      half-open: what a refusing word refuses for
+//! bit   7      counted: a quick success in this generation need only be counted
+//! bit   8      within: and that only from `since` on and before `until`
+//! bit   9      fast clock: which clock tells that
+//! bits 10..64  generation
 //! ```
 //!
-//! Writers store `BUSY`, then `until`, then the new word, each with Release; readers load the word, `until` and the word again,
-//! each with Acquire. A reader that saw a newer `until` therefore sees at least `BUSY` in its second look, and asks the machine.
+//! Writers store `BUSY`, then `until` and `since`, then the new word, each with Release; readers load the word, those two and the
+//! word again, each with Acquire. A reader that saw a newer one therefore sees at least `BUSY` in its second look, and asks the
+//! machine.
+//!
+//! # Why most successes need no lock
+//!
+//! A success cannot trip a circuit whose rates are below their limits, it only makes them smaller, and it matters in no way but
+//! by its number: it ends a run of failures, it makes a window longer, and it moves older calls out of a window of calls. So it
+//! is counted, in a line that only its thread writes, marked with the generation; and whoever next steps the machine first
+//! records all that were counted since the step before. A failure, a slow call and every call that may trip are steps. A window
+//! of time is stepped once in each of its tenths as well, so that what is counted belongs to one of them.
 
 mod config;
 mod keyed;
@@ -33,7 +45,7 @@ pub(crate) use standby::{Standby, nobody};
 pub use status::{CircuitBreakerMetrics, CircuitBreakerStatus, RejectedByCircuit, WindowStatus};
 
 use crate::{
-    clock::{Clock, Reading, Timestamp},
+    clock::{Clock, ClockKind, Reading, Timestamp},
     error::ConfigError,
     event::{Event, EventKind, Hub, Listener, ListenerId},
     name::Name,
@@ -44,7 +56,7 @@ use crate::{
     subscribe::Events,
 };
 use config::Settings;
-use machine::{Machine, Refusal, Transition};
+use machine::{Machine, Quick, Refusal, Transition};
 use standby::Waiters;
 use std::{
     fmt,
@@ -70,6 +82,8 @@ mod counter {
 
 /// The packed word; see the module's documentation.
 mod word {
+    use crate::clock::ClockKind;
+
     pub(super) const MODE: u64 = 0b111;
     pub(super) const CLOSED: u64 = 0;
     pub(super) const ASK: u64 = 1;
@@ -80,7 +94,20 @@ mod word {
     pub(super) const CLEAN: u64 = 1 << 4;
     pub(super) const TIMED: u64 = 1 << 5;
     pub(super) const HALF_OPEN: u64 = 1 << 6;
-    pub(super) const GENERATION_SHIFT: u32 = 8;
+    pub(super) const COUNTED: u64 = 1 << 7;
+    pub(super) const WITHIN: u64 = 1 << 8;
+    pub(super) const FAST_CLOCK: u64 = 1 << 9;
+    pub(super) const GENERATION_SHIFT: u32 = 10;
+
+    /// The clock of a word that says within.
+    #[inline]
+    pub(super) fn clock(word: u64) -> ClockKind {
+        match word & FAST_CLOCK {
+            #[cfg(feature = "fast-clock")]
+            FAST_CLOCK => ClockKind::Fast,
+            _ => ClockKind::System,
+        }
+    }
 
     pub(super) const fn generation(word: u64) -> u64 {
         word >> GENERATION_SHIFT
@@ -113,6 +140,8 @@ trait Words {
     fn until(&self) -> &AtomicU64;
     /// From which length a call is slow, in nanoseconds.
     fn slow(&self) -> &AtomicU64;
+    /// From when on, and until `until`, a success is counted under a word that says within.
+    fn since(&self) -> &AtomicU64;
 }
 
 impl Words for Hot {
@@ -127,6 +156,10 @@ impl Words for Hot {
     #[inline]
     fn slow(&self) -> &AtomicU64 {
         &self.words[2]
+    }
+    #[inline]
+    fn since(&self) -> &AtomicU64 {
+        &self.words[3]
     }
 }
 
@@ -230,7 +263,7 @@ impl Core {
             hub,
             waiters: Waiters::default(),
         };
-        core.publish(&core.machine());
+        core.publish(&mut core.machine(), core.clock.now());
         core
     }
 
@@ -239,14 +272,22 @@ impl Core {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The machine, with all successes recorded that were only counted.
+    fn caught_up(&self) -> MutexGuard<'_, Machine> {
+        let mut machine = self.machine();
+        let counted = self.home.done(machine.generation());
+        machine.catch_up(counted);
+        machine
+    }
+
     /// Runs a step of the machine: a due transition first, then `step`; publishes, and tells those who wait and the listeners
     /// outside the lock.
     fn step<T>(&self, now: Timestamp, step: impl FnOnce(&mut Machine) -> (T, Option<Transition>)) -> T {
-        let mut machine = self.machine();
+        let mut machine = self.caught_up();
         let before = machine.admits_from();
         let due = machine.advance(now);
         let (done, transition) = step(&mut machine);
-        self.publish(&machine);
+        self.publish(&mut machine, now);
         let admits_sooner = machine.admits_from() < before;
         drop(machine);
         if admits_sooner {
@@ -265,28 +306,48 @@ impl Core {
     }
 
     /// Writes the word for what the machine is now. The caller holds the machine.
-    fn publish(&self, machine: &Machine) {
+    fn publish(&self, machine: &mut Machine, now: Timestamp) {
         let mode = match (machine.forced(), machine.state()) {
             (Some(Override::Disabled), _) => word::DISABLED,
             (Some(Override::ForcedOpen), _) => word::FORCED_OPEN,
             (_, State::Closed) => word::CLOSED,
             (_, State::Open | State::HalfOpen) => word::ASK,
         };
-        let until = machine.refused_until();
+        let mut until = machine.refused_until();
+        let refusing = until.is_some();
+        let mut since = Timestamp::from_nanos(0);
+        let quick = match machine.quick(now) {
+            _ if mode != word::CLOSED => 0,
+            Quick::Nothing => word::CLEAN,
+            Quick::Count if self.home.has_lines() => word::COUNTED,
+            Quick::CountWithin(from, to) if self.home.has_lines() => {
+                (since, until) = (from, Some(to));
+                match self.clock.kind() {
+                    Some(ClockKind::System) => word::COUNTED | word::WITHIN,
+                    #[cfg(feature = "fast-clock")]
+                    Some(ClockKind::Fast) => word::COUNTED | word::WITHIN | word::FAST_CLOCK,
+                    // No bit tells which clock it is.
+                    None => 0,
+                }
+            }
+            Quick::Count | Quick::CountWithin(..) | Quick::Record => 0,
+        };
         let slow = machine.settings().slow_calls.map(|(_, slow)| slow);
         let flag = |set: bool, flag: u64| if set { flag } else { 0 };
         let word = mode
-            | flag(until.is_some(), word::REFUSING)
-            | flag(machine.is_clean(), word::CLEAN)
+            | flag(refusing, word::REFUSING)
+            | quick
             | flag(slow.is_some(), word::TIMED)
             | flag(machine.state() == State::HalfOpen, word::HALF_OPEN)
             | machine.generation() << word::GENERATION_SHIFT;
         let until = until.map_or(0, Timestamp::nanos);
+        let since = since.nanos();
         let hot = self.home.hot();
         hot.slow().store(slow.unwrap_or(u64::MAX), Ordering::Relaxed);
-        if hot.until().load(Ordering::Relaxed) != until {
+        if (hot.until().load(Ordering::Relaxed), hot.since().load(Ordering::Relaxed)) != (until, since) {
             hot.word().store(word::BUSY, Ordering::Relaxed);
             hot.until().store(until, Ordering::Release);
+            hot.since().store(since, Ordering::Release);
         }
         if hot.word().load(Ordering::Relaxed) != word {
             hot.word().store(word, Ordering::Release);
@@ -431,7 +492,7 @@ impl CircuitBreaker {
                 let now = now.at(&core.clock);
                 let refusal = self
                     .refused_by_word(word, now)
-                    .or_else(|| core.machine().view(now).refusal)?;
+                    .or_else(|| core.caught_up().view(now).refusal)?;
                 Some(core.rejected(refusal.reason, refusal.until, Some(now)))
             }
         }
@@ -586,7 +647,7 @@ impl CircuitBreaker {
     #[must_use]
     pub fn state(&self) -> State {
         let core: &Core = &self.shared;
-        core.machine().view(core.clock.now()).state
+        core.caught_up().view(core.clock.now()).state
     }
 
     /// Everything there is to see, at one moment. Reading changes nothing.
@@ -595,7 +656,7 @@ impl CircuitBreaker {
         let core: &Core = &self.shared;
         let now = core.clock.now();
         let (view, config) = {
-            let machine = core.machine();
+            let machine = core.caught_up();
             // Under the machine's lock, as `reconfigure` writes it: the config belongs to the view.
             (machine.view(now), self.config())
         };

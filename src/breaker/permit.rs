@@ -4,7 +4,7 @@ use super::{
     word,
 };
 use crate::{
-    clock::{Reading, Timestamp},
+    clock::{Clock, Reading, Timestamp},
     permit::{Outcome, Permit, Verdict},
     stripe::{Share, Striped},
 };
@@ -92,6 +92,34 @@ impl CircuitBreakerPermit {
         self.end_as(end, &Reading::new());
     }
 
+    /// Counts a quick success where that is enough, and ends the share.
+    #[inline(never)]
+    fn is_counted(permit: &Option<Self>, now: &Reading) -> bool {
+        let Some(Self {
+            share: Some(Share::Sitting(seat)),
+            word: admitted,
+            lease: None,
+            started: None,
+        }) = permit
+        else {
+            return false;
+        };
+        let (hot, generation) = (seat.hot(), word::generation(*admitted));
+        let word = hot.word().load(Ordering::Acquire);
+        let counted = word & (word::MODE | word::COUNTED) == word::CLOSED | word::COUNTED;
+        if !counted || word::generation(word) != generation {
+            return false;
+        }
+        if word & word::WITHIN != 0 {
+            let now = now.at(&Clock::of_kind(word::clock(word))).nanos();
+            let (since, until) = (hot.since().load(Ordering::Acquire), hot.until().load(Ordering::Acquire));
+            if !(since..until).contains(&now) || hot.word().load(Ordering::Acquire) != word {
+                return false;
+            }
+        }
+        seat.count_done_and_end(counter::SUCCESS, generation)
+    }
+
     #[cold]
     #[inline(never)]
     fn end(permit: &mut Option<Self>, end: End, now: &Reading) {
@@ -176,6 +204,8 @@ impl Permit for CircuitBreakerPermit {
         {
             seat.count_and_end(counter::SUCCESS);
             // The share has ended already.
+            std::mem::forget(permit.take());
+        } else if verdict.outcome == Outcome::Success && Self::is_counted(permit, now) {
             std::mem::forget(permit.take());
         } else {
             Self::end(permit, End::Verdict(verdict), now);

@@ -69,6 +69,20 @@ impl RateWindow {
         }
     }
 
+    /// Records so many quick successes, which came within one tenth of a window of time.
+    pub(super) fn succeed(&mut self, calls: u64, at: Timestamp) {
+        match self {
+            Self::Calls(window) => window.succeed(calls),
+            Self::Time(window) => {
+                let tally = Tally {
+                    calls,
+                    ..Tally::default()
+                };
+                window.record(tally, at);
+            }
+        }
+    }
+
     pub(super) fn tally(&self, now: Timestamp) -> Tally {
         match self {
             Self::Calls(window) => window.tally,
@@ -135,6 +149,25 @@ impl CountWindow {
         self.next = (self.next + 1) % self.size;
     }
 
+    /// Records so many quick successes, up to 64 of them in a step: O(n / 64), at most O(size / 64).
+    fn succeed(&mut self, calls: u64) {
+        let calls = u32::try_from(calls).unwrap_or(u32::MAX).min(self.size);
+        let mut left = calls;
+        while left > 0 {
+            let (word, bit) = ((self.next / 64) as usize, self.next % 64);
+            let step = left.min(64 - bit).min(self.size - self.next);
+            let covered = (u64::MAX >> (64 - step)) << bit;
+            // Places that no call has taken yet have no bits.
+            self.tally.failures -= u64::from((self.failed[word] & covered).count_ones());
+            self.tally.slow -= u64::from((self.slow[word] & covered).count_ones());
+            self.failed[word] &= !covered;
+            self.slow[word] &= !covered;
+            self.next = (self.next + step) % self.size;
+            left -= step;
+        }
+        self.tally.calls = (self.tally.calls + u64::from(calls)).min(self.size.into());
+    }
+
     fn resize(self, size: u32) -> Self {
         if size == self.size {
             return self;
@@ -188,6 +221,17 @@ impl TimeWindow {
         if bucket.number == number {
             bucket.tally.add(tally);
         }
+    }
+
+    /// The tenth that is filled now, from when until when. A thread that lies behind sees the newest.
+    pub(super) fn tenth(&self, now: Timestamp) -> (Timestamp, Timestamp) {
+        let newest = self.buckets.iter().map(|bucket| bucket.number).max();
+        let number = newest.unwrap_or_default().max(now.nanos() / self.width);
+        let start = number.saturating_mul(self.width);
+        (
+            Timestamp::from_nanos(start),
+            Timestamp::from_nanos(start.saturating_add(self.width)),
+        )
     }
 
     fn live(&self, now: Timestamp) -> impl Iterator<Item = &Bucket> {
