@@ -94,7 +94,7 @@ impl CircuitBreakerPermit {
 
     /// Counts a quick success where that is enough, and ends the share.
     #[inline(never)]
-    fn is_counted(permit: &Option<Self>, now: &Reading) -> bool {
+    fn is_counted(permit: Option<&Self>, now: &Reading) -> bool {
         let Some(Self {
             share: Some(Share::Sitting(seat)),
             word: admitted,
@@ -205,7 +205,7 @@ impl Permit for CircuitBreakerPermit {
             seat.count_and_end(counter::SUCCESS);
             // The share has ended already.
             std::mem::forget(permit.take());
-        } else if verdict.outcome == Outcome::Success && Self::is_counted(permit, now) {
+        } else if verdict.outcome == Outcome::Success && Self::is_counted(permit.as_ref(), now) {
             std::mem::forget(permit.take());
         } else {
             Self::end(permit, End::Verdict(verdict), now);

@@ -3,6 +3,7 @@
 
 mod calls;
 mod config;
+mod counted;
 mod generations;
 mod model;
 mod open;

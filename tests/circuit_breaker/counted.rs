@@ -1,0 +1,183 @@
+//! Successes that are only counted, and recorded later: nobody can tell the difference.
+//!
+//! On the clocks of a program a success in a window of time is counted, on a manual clock it is recorded at once. The same steps on
+//! both, at the same times, must show the same.
+
+use portcullis::{CircuitBreaker, CircuitBreakerConfig, Clock, ManualClock, Outcome, Window, WindowStatus};
+use proptest::{collection::vec, prelude::*, test_runner::TestCaseResult};
+use std::{thread, time::Duration};
+
+#[derive(Debug, Clone)]
+enum Step {
+    Succeed(u32),
+    Fail,
+    Ignore,
+    Advance(u64),
+    Reset,
+    ForceClosed,
+    Reconfigure(u64),
+    Look,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    vec(
+        prop_oneof![
+            6 => (1..9_u32).prop_map(Step::Succeed),
+            3 => Just(Step::Fail),
+            1 => Just(Step::Ignore),
+            4 => prop_oneof![1..30_u64, 90..110_u64, Just(100), 1_000..1_200_u64].prop_map(Step::Advance),
+            1 => Just(Step::Reset),
+            1 => Just(Step::ForceClosed),
+            1 => (1..5_u64).prop_map(Step::Reconfigure),
+            2 => Just(Step::Look),
+        ],
+        1..120,
+    )
+}
+
+fn config(tenths: u64, minimum: u32, consecutive: bool) -> CircuitBreakerConfig {
+    let config = CircuitBreakerConfig::default()
+        .failure_rate(0.4)
+        .window(Window::time(Duration::from_millis(tenths * 1_000)))
+        .minimum_calls(minimum)
+        .recovery_timeout(Duration::from_millis(250));
+    if consecutive {
+        config.failure_threshold(4)
+    } else {
+        config
+    }
+}
+
+struct Both {
+    counts: CircuitBreaker,
+    records: CircuitBreaker,
+    clock: ManualClock,
+}
+
+impl Both {
+    fn new(config: &CircuitBreakerConfig) -> Self {
+        let clock = Clock::manual();
+        // The tenths of both begin at the same times.
+        clock.advance(Clock::system().now().duration_since(clock.now()));
+        let build = |clock: Clock| {
+            CircuitBreaker::builder("agent")
+                .config(config.clone())
+                .clock(clock)
+                .build()
+                .unwrap()
+        };
+        Self {
+            counts: build(Clock::system()),
+            records: build(clock.clone().into()),
+            clock,
+        }
+    }
+
+    fn call(&self, outcome: Outcome) -> TestCaseResult {
+        let permits = (self.counts.try_acquire(), self.records.try_acquire());
+        prop_assert_eq!(permits.0.is_ok(), permits.1.is_ok());
+        if let (Ok(counts), Ok(records)) = permits {
+            counts.settle(outcome);
+            records.settle(outcome);
+        }
+        Ok(())
+    }
+
+    async fn step(&self, step: &Step, minimum: u32, consecutive: bool) -> TestCaseResult {
+        match *step {
+            Step::Succeed(n) => {
+                for _ in 0..n {
+                    self.call(Outcome::Success)?;
+                }
+            }
+            Step::Fail => self.call(Outcome::Failure)?,
+            Step::Ignore => self.call(Outcome::Ignored)?,
+            Step::Advance(millis) => {
+                tokio::time::advance(Duration::from_millis(millis)).await;
+                self.clock
+                    .advance(Clock::system().now().duration_since(self.clock.now()));
+            }
+            Step::Reset => {
+                self.counts.reset();
+                self.records.reset();
+            }
+            Step::ForceClosed => {
+                self.counts.force_closed();
+                self.records.force_closed();
+            }
+            Step::Reconfigure(tenths) => {
+                for breaker in [&self.counts, &self.records] {
+                    breaker.reconfigure(config(tenths, minimum, consecutive)).unwrap();
+                }
+            }
+            // Not after every step: that a look records what was counted must not be what makes them equal.
+            Step::Look => self.compare()?,
+        }
+        Ok(())
+    }
+
+    fn compare(&self) -> TestCaseResult {
+        let (counts, records) = (self.counts.status(), self.records.status());
+        prop_assert_eq!(counts.state, records.state);
+        prop_assert_eq!(counts.generation, records.generation);
+        prop_assert_eq!(counts.failure_count, records.failure_count);
+        prop_assert_eq!(counts.success_count, records.success_count);
+        prop_assert_eq!(counts.retry_after, records.retry_after);
+        prop_assert_eq!(counts.window, records.window);
+        prop_assert_eq!(counts.metrics, records.metrics);
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_window_of_time_counts_its_successes_as_it_would_record_them(
+        steps in steps(), minimum in 1..12_u32, consecutive: bool,
+    ) {
+        // The scale of the system clock begins before the paused time does.
+        let _ = Clock::system().now();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let both = Both::new(&config(1, minimum, consecutive));
+            for step in &steps {
+                both.step(step, minimum, consecutive).await?;
+            }
+            both.compare()
+        })?;
+    }
+}
+
+/// A window that many threads fill has no call too many and none too few.
+#[test]
+fn a_window_of_calls_holds_the_successes_of_all_threads() {
+    let breaker = CircuitBreaker::builder("agent")
+        .failure_rate(0.9)
+        .window(Window::calls(10_000))
+        .build()
+        .unwrap();
+    breaker.try_acquire().unwrap().settle(Outcome::Failure);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..500 {
+                    breaker.try_acquire().unwrap().settle(Outcome::Success);
+                }
+            });
+        }
+    });
+    let window = |breaker: &CircuitBreaker| {
+        breaker
+            .status()
+            .window
+            .map(|WindowStatus { calls, failures, .. }| (calls, failures))
+    };
+    assert_eq!(window(&breaker), Some((4_001, 1)));
+    for _ in 0..5_999 {
+        breaker.try_acquire().unwrap().settle(Outcome::Success);
+    }
+    assert_eq!(window(&breaker), Some((10_000, 1)), "the failure is the oldest call");
+    breaker.try_acquire().unwrap().settle(Outcome::Success);
+    assert_eq!(window(&breaker), Some((10_000, 0)), "one more, and it is out");
+}
