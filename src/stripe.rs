@@ -31,7 +31,7 @@ use std::{
     ops::Deref,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -165,7 +165,9 @@ impl Seat {
     }
 
     fn lines(&self) -> impl Iterator<Item = &Line> {
-        self.own.iter().chain([&self.shared])
+        // Nobody has ever written the others.
+        let written = NUMBERS.handed_out.load(Ordering::Acquire);
+        self.own[..written].iter().chain([&self.shared])
     }
 
     fn sum(&self, counter: usize) -> u64 {
@@ -490,21 +492,31 @@ impl<T: Homed> Share<T> {
 
 /// Which numbers are taken, a bit each. The lock also hands a line over: what the thread before wrote there happened before
 /// its number was given back, and that before the next thread takes it.
-struct Numbers(Mutex<u64>);
+struct Numbers {
+    taken: Mutex<u64>,
+    /// Above every number that was ever handed out. It is raised before its thread writes a line: who sees what is written, because
+    /// it happened before, sees this as well.
+    handed_out: AtomicUsize,
+}
 
-static NUMBERS: Numbers = Numbers(Mutex::new(0));
+static NUMBERS: Numbers = Numbers {
+    taken: Mutex::new(0),
+    handed_out: AtomicUsize::new(0),
+};
 
 impl Numbers {
     /// The lowest free number, if there is one.
     fn take(&self) -> Option<usize> {
-        let mut taken = lock(&self.0);
+        let mut taken = lock(&self.taken);
         let lowest = taken.trailing_ones();
         *taken |= 1u64.checked_shl(lowest)?;
-        Some(lowest as usize)
+        let number = lowest as usize;
+        self.handed_out.fetch_max(number + 1, Ordering::AcqRel);
+        Some(number)
     }
 
     fn give_back(&self, number: usize) {
-        *lock(&self.0) &= !(1 << number);
+        *lock(&self.taken) &= !(1 << number);
     }
 }
 
