@@ -189,13 +189,14 @@ impl Words for Hot {
 ///
 /// # Cost
 ///
-/// A call through a healthy breaker takes no lock and allocates nothing: the circuit is closed, the last call was no failure,
-/// and a window of calls, if there is one, is full and without failures or slow calls. A rejection by an open circuit takes no
-/// lock either. Every other outcome (a failure and the success after it, a slow call, a dropped one, a probe, any call in a
-/// window of time) takes a mutex for a step that does not depend on the traffic. Reading the state or the status takes it too.
+/// A success of a closed circuit takes no lock, allocates nothing and writes nothing that another thread writes, but where it may
+/// trip: a rate is reached, and only the minimum of calls is not. A rejection by an open circuit takes no lock either. Every other
+/// outcome (a failure, a dropped call, a probe, any call where slow ones are watched, any in a window of time on a manual clock)
+/// takes a mutex for a step that does not depend on the traffic. Reading the state or the status takes it too.
 ///
-/// Memory: about 800 bytes, 264 for each core (rounded up to a power of two, at most 64), two bits for each call of a window
-/// of calls, and 8 bytes for each failure that [`failures_within`](CircuitBreakerConfig::failures_within) remembers.
+/// Memory: about 900 bytes, two bits for each call of a window of calls, 8 bytes for each failure that
+/// [`failures_within`](CircuitBreakerConfig::failures_within) remembers; and one of the program's 256 seats for counters, while there
+/// are some, see the [README](crate#memory-and-cost).
 #[derive(Clone)]
 pub struct CircuitBreaker {
     shared: Striped<Core>,

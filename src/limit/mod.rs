@@ -90,8 +90,8 @@ impl Homed for Core {
 /// An admission takes no lock and allocates nothing while nobody waits for the limiter. While somebody does, every call takes
 /// the queue's mutex, for O(log n) of n waiters.
 ///
-/// Memory: about 600 bytes, 264 for each core (rounded up to a power of two, at most 64), the ring of a [`SlidingWindow`], and
-/// for each waiter some 200 in its future and a place in the queue.
+/// Memory: about 600 bytes, the ring of a [`SlidingWindow`], and for each waiter some 200 in its future and a place in the queue; and
+/// one of the program's 256 seats for counters, while there are some, see the [README](crate#memory-and-cost).
 #[derive(Clone)]
 pub struct RateLimiter {
     shared: Striped<Core>,
