@@ -204,3 +204,100 @@ fn an_admitted_call_allocates_nothing_and_a_rejected_one_its_boxed_error() {
     exhausted.try_acquire().unwrap();
     assert_eq!(allocations(&RateLimitLayer::new(exhausted), false), 100, "one each");
 }
+
+#[cfg(feature = "http")]
+mod over_http {
+    use super::*;
+    use bytes::Bytes;
+    use http::{HeaderValue, Request, Response, header::CONTENT_TYPE};
+    use http_body_util::Empty;
+    use portcullis::RateLimitHeaders;
+    use std::convert::Infallible;
+
+    type Answer = Ready<Result<Response<Empty<Bytes>>, Infallible>>;
+
+    fn bare(_: Request<()>) -> Answer {
+        ready(Ok(Response::new(Empty::new())))
+    }
+
+    fn typed(_: Request<()>) -> Answer {
+        let mut response = Response::new(Empty::new());
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        ready(Ok(response))
+    }
+
+    /// What one call allocates, from the request to the answer.
+    fn allocations<S, B>(mut service: S, status: u16) -> u64
+    where
+        S: Service<Request<()>, Response = Response<B>, Error = Infallible>,
+    {
+        let mut call = || {
+            let mut cx = Context::from_waker(Waker::noop());
+            assert!(service.poll_ready(&mut cx).is_ready());
+            let Poll::Ready(Ok(answer)) = pin!(service.call(Request::new(()))).poll(&mut cx) else {
+                panic!("it is there at once")
+            };
+            assert_eq!(black_box(answer).status(), status);
+        };
+        call();
+        let all = measure(|| (0..100).for_each(|_| call())).count_total;
+        assert_eq!(all % 100, 0, "each call allocates the same");
+        all / 100
+    }
+
+    #[test]
+    fn an_admitted_answer_is_told_its_quotas_in_two_allocations() {
+        let clock = Clock::manual();
+        let of_its_own = allocations(service_fn(typed), 200);
+        let limit = |name: &str| {
+            let builder = RateLimiter::builder("api", TokenBucket::new(1_000_000, MINUTE)).limit(name);
+            builder.clock(&clock).build().unwrap()
+        };
+        for form in [
+            RateLimitHeaders::Draft11,
+            RateLimitHeaders::Draft7,
+            RateLimitHeaders::Draft6,
+            RateLimitHeaders::XRateLimitDelta,
+        ] {
+            let layer = RateLimitLayer::http(limit("per-minute")).headers(form);
+            assert_eq!(
+                allocations(layer.layer(service_fn(typed)), 200) - of_its_own,
+                2,
+                "{form:?}"
+            );
+        }
+        let first = RateLimitLayer::http(limit("per-minute")).layer(service_fn(bare));
+        assert_eq!(
+            allocations(first, 200),
+            4,
+            "two are the map of an answer that has no headers"
+        );
+        let pair = RateLimitLayer::http((limit("per-minute"), limit("daily"))).layer(service_fn(typed));
+        assert_eq!(
+            allocations(pair, 200) - of_its_own,
+            4,
+            "room for the text of the second, and for second values in the map"
+        );
+        let off = RateLimitLayer::http(limit("per-minute")).headers(RateLimitHeaders::Off);
+        assert_eq!(allocations(off.layer(service_fn(typed)), 200), of_its_own);
+        let breaker = CircuitBreaker::builder("api").clock(&clock).build().unwrap();
+        let breaker = CircuitBreakerLayer::http(breaker).layer(service_fn(typed));
+        assert_eq!(allocations(breaker, 200), of_its_own);
+    }
+
+    /// Two for the header map, three for the rejection in the extensions, two for the buffer of all the text.
+    #[test]
+    fn a_refusal_is_answered_in_seven_allocations() {
+        let clock = Clock::manual();
+        let exhausted = limiter(TokenBucket::new(1, MINUTE), &clock);
+        exhausted.try_acquire().unwrap();
+        let open = CircuitBreaker::builder("agent").clock(&clock).failure_threshold(1);
+        let open = open.build().unwrap();
+        open.try_acquire().unwrap().settle(Outcome::Failure);
+        let limit = RateLimitLayer::http(exhausted).layer(service_fn(bare));
+        assert_eq!(allocations(limit, 429), 7);
+        let breaker = CircuitBreakerLayer::http(open).layer(service_fn(bare));
+        assert_eq!(allocations(breaker, 503), 7);
+    }
+}

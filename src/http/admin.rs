@@ -180,7 +180,7 @@ fn json_page(value: &impl serde::Serialize) -> Response<Full<Bytes>> {
 }
 
 fn problem(status: StatusCode, detail: &str) -> Response<Full<Bytes>> {
-    page(status, PROBLEM_JSON, Problem::blank(status, detail).json())
+    page(status, PROBLEM_JSON, Problem::blank(status, &detail).json())
 }
 
 fn page(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {

@@ -14,16 +14,16 @@ use crate::{
     reject::Reject,
     rejected::Rejected,
 };
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{
-    HeaderMap, HeaderValue, Method, Request, Response,
+    HeaderValue, Method, Request, Response,
     header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
 };
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
 use pin_project_lite::pin_project;
 use std::{
-    fmt,
+    fmt::{self, Write},
     future::Future,
     marker::PhantomData,
     pin::Pin,
@@ -172,32 +172,22 @@ impl Rejected {
 }
 
 impl AsResponse {
-    fn answer(self, method: &Method, headers: &HeaderMap, why: Rejected) -> Response<Bytes> {
-        if let Some(content_type) = grpc::content_type(headers) {
-            return self.trailers_only(why, content_type);
-        }
-        let problem = self.problem(why);
-        match *method {
-            // The headers of a GET, its length included, and no body.
-            Method::HEAD => problem.map(|_| Bytes::new()),
-            _ => problem,
-        }
-    }
-
     fn problem(self, why: Rejected) -> Response<Bytes> {
-        let detail = why.to_string();
-        let (status, problem) = Problem::of(&why, &detail);
-        let body = problem.json();
+        // Room for the body and for all header values: they share one buffer.
+        let mut text = BytesMut::with_capacity(768);
+        let (status, problem) = Problem::of(&why);
+        problem.write(&mut text);
+        let body = text.split().freeze();
         let mut response = Response::new(Bytes::new());
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
-        headers.insert(CONTENT_LENGTH, body.len().into());
+        headers.insert(CONTENT_LENGTH, number(&mut text, body.len() as u64));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(wait) = told::wait_seconds(&why) {
-            headers.insert(RETRY_AFTER, wait.into());
+            headers.insert(RETRY_AFTER, number(&mut text, wait));
         }
-        self.finish(response.map(|_| body.into()), why)
+        self.finish(response.map(|_| body), text, why)
     }
 
     fn trailers_only(self, why: Rejected, content_type: HeaderValue) -> Response<Bytes> {
@@ -205,12 +195,14 @@ impl AsResponse {
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, content_type);
         grpc::write(headers, &why);
-        self.finish(response, why)
+        self.finish(response, BytesMut::new(), why)
     }
 
-    fn finish(self, mut response: Response<Bytes>, why: Rejected) -> Response<Bytes> {
+    fn finish(self, mut response: Response<Bytes>, mut text: BytesMut, why: Rejected) -> Response<Bytes> {
         if let Some(quota) = self.tells().then(|| why.quota()).flatten() {
-            self.tell_quota(response.headers_mut(), &quota, told::wait_seconds(&why));
+            text.reserve(RateLimitHeaders::room(&quota));
+            self.write_quota(&mut text, &quota, told::wait_seconds(&why));
+            self.headers.add(response.headers_mut(), text.freeze());
         }
         response.extensions_mut().insert(why);
         response
@@ -220,13 +212,20 @@ impl AsResponse {
         self.headers != RateLimitHeaders::Off
     }
 
-    fn tell_quota(self, headers: &mut HeaderMap, quota: &Quota, reset: Option<u64>) {
+    fn write_quota(self, text: &mut impl Write, quota: &Quota, reset: Option<u64>) {
         let unix_now = match self.headers {
             RateLimitHeaders::XRateLimitEpoch => since_1970(),
             _ => Duration::ZERO,
         };
-        self.headers.write(headers, quota, reset, unix_now);
+        self.headers.write(text, quota, reset, unix_now);
     }
+}
+
+/// A number as a header value, in the buffer.
+fn number(text: &mut BytesMut, number: u64) -> HeaderValue {
+    // Writing to memory cannot fail.
+    let _ = write!(text, "{number}");
+    HeaderValue::from_maybe_shared(text.split().freeze()).expect("digits")
 }
 
 impl<Req, Raw, B, Err> Reject<Request<Req>, Raw, Response<B>, Err> for AsResponse {
@@ -236,8 +235,14 @@ impl<Req, Raw, B, Err> Reject<Request<Req>, Raw, Response<B>, Err> for AsRespons
     type Pass = Passing;
 
     fn reject(&self, request: Request<Req>, why: Rejected) -> Self::Future {
+        let form = match grpc::content_type(request.headers()) {
+            Some(content_type) => Form::TrailersOnly(Box::new(content_type)),
+            None if *request.method() == Method::HEAD => Form::Head,
+            None => Form::Problem,
+        };
+        let answer = Answer { of: *self, form, why };
         AnswerFuture {
-            response: Some(Box::new(self.answer(request.method(), request.headers(), why))),
+            answer: Some(answer),
             result: PhantomData,
         }
     }
@@ -245,22 +250,24 @@ impl<Req, Raw, B, Err> Reject<Request<Req>, Raw, Response<B>, Err> for AsRespons
     fn admitted(&self, _: &Request<Req>) -> Passing {
         Passing {
             answer: *self,
-            quotas: Vec::new(),
+            told: String::new(),
         }
     }
 
     fn tell(pass: &mut Passing, permit: &impl Permit, now: &Reading) {
         if pass.answer.tells() {
-            permit.quotas(now, &mut |quota| pass.quotas.push(quota));
+            let Passing { answer, told } = pass;
+            permit.quotas(now, &mut |quota| {
+                told.reserve(RateLimitHeaders::room(&quota));
+                let reset = whole_seconds(quota.reset).as_secs();
+                answer.write_quota(told, &quota, Some(reset));
+            });
         }
     }
 
-    fn pass(Passing { answer, quotas }: Passing, result: Result<Response<B>, Err>) -> Result<Self::Response, Err> {
+    fn pass(Passing { answer, told }: Passing, result: Result<Response<B>, Err>) -> Result<Self::Response, Err> {
         let mut response = result?.map(AnswerBody::inner);
-        for quota in quotas {
-            let reset = whole_seconds(quota.reset).as_secs();
-            answer.tell_quota(response.headers_mut(), &quota, Some(reset));
-        }
+        answer.headers.add(response.headers_mut(), told.into());
         Ok(response)
     }
 
@@ -273,27 +280,56 @@ impl<Req, Raw, B, Err> Reject<Request<Req>, Raw, Response<B>, Err> for AsRespons
 #[derive(Debug)]
 pub struct Passing {
     answer: AsResponse,
-    quotas: Vec<Quota>,
+    /// The quotas, as text.
+    told: String,
 }
 
 /// The future of a rejection that is an answer: it is ready at once.
 pub struct AnswerFuture<B, Err> {
-    /// Boxed, for the future of every admitted call has room for it.
-    response: Option<Box<Response<Bytes>>>,
+    answer: Option<Answer>,
     result: PhantomData<fn() -> Result<B, Err>>,
+}
+
+/// All that an answer is made of. Made when it is asked for: the future of every admitted call has room for it, and a response is
+/// larger.
+#[derive(Debug)]
+struct Answer {
+    of: AsResponse,
+    form: Form,
+    why: Rejected,
+}
+
+#[derive(Debug)]
+enum Form {
+    Problem,
+    Head,
+    /// gRPC, with the content type to answer with.
+    TrailersOnly(Box<HeaderValue>),
+}
+
+impl Answer {
+    fn response(self) -> Response<Bytes> {
+        let Self { of, form, why } = self;
+        match form {
+            Form::Problem => of.problem(why),
+            // The headers of a GET, its length included, and no body.
+            Form::Head => of.problem(why).map(|_| Bytes::new()),
+            Form::TrailersOnly(content_type) => of.trailers_only(why, *content_type),
+        }
+    }
 }
 
 impl<B, Err> fmt::Debug for AnswerFuture<B, Err> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("AnswerFuture").field(&self.response).finish()
+        f.debug_tuple("AnswerFuture").field(&self.answer).finish()
     }
 }
 
 impl<B, Err> Future for AnswerFuture<B, Err> {
     type Output = Result<Response<AnswerBody<B>>, Err>;
     fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
-        let response = self.response.take().expect("polled after it was ready");
-        Poll::Ready(Ok(response.map(AnswerBody::own)))
+        let answer = self.answer.take().expect("polled after it was ready");
+        Poll::Ready(Ok(answer.response().map(AnswerBody::own)))
     }
 }
 

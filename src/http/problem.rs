@@ -2,8 +2,10 @@
 
 use super::told::{self, Kind};
 use crate::{quota::whole_millis, rejected::Rejected};
+use bytes::{BufMut, Bytes, BytesMut};
 use http::StatusCode;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
+use std::fmt;
 
 pub(super) const PROBLEM_JSON: &str = "application/problem+json";
 
@@ -14,7 +16,8 @@ pub(super) struct Problem<'a> {
     r#type: &'static str,
     title: &'static str,
     status: u16,
-    detail: &'a str,
+    #[serde(serialize_with = "as_text")]
+    detail: &'a dyn fmt::Display,
     #[serde(skip_serializing_if = "Option::is_none")]
     violated_policies: Option<[&'a str; 1]>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -25,9 +28,14 @@ pub(super) struct Problem<'a> {
     circuit_state: Option<&'static str>,
 }
 
+/// Written where it goes, without a string in between.
+fn as_text<S: Serializer>(text: &&dyn fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(text)
+}
+
 impl<'a> Problem<'a> {
     /// A problem that its status says it all about.
-    pub(super) fn blank(status: StatusCode, detail: &'a str) -> Self {
+    pub(super) fn blank(status: StatusCode, detail: &'a dyn fmt::Display) -> Self {
         Self {
             r#type: "about:blank",
             title: status.canonical_reason().unwrap_or_default(),
@@ -40,8 +48,8 @@ impl<'a> Problem<'a> {
         }
     }
 
-    /// A rejection, with the types and titles of draft-ietf-httpapi-ratelimit-headers. `detail` is its text.
-    pub(super) fn of(why: &'a Rejected, detail: &'a str) -> (StatusCode, Self) {
+    /// A rejection, with the types and titles of draft-ietf-httpapi-ratelimit-headers.
+    pub(super) fn of(why: &'a Rejected) -> (StatusCode, Self) {
         let (status, r#type, title) = match Kind::of(why) {
             Kind::Quota => (
                 StatusCode::TOO_MANY_REQUESTS,
@@ -53,7 +61,7 @@ impl<'a> Problem<'a> {
                 "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity",
                 "Request cannot be satisfied due to temporary server capacity constraints",
             ),
-            Kind::Request => return (StatusCode::BAD_REQUEST, Self::blank(StatusCode::BAD_REQUEST, detail)),
+            Kind::Request => return (StatusCode::BAD_REQUEST, Self::blank(StatusCode::BAD_REQUEST, why)),
         };
         let circuit_state = told::circuit_state(why);
         let problem = Self {
@@ -63,13 +71,20 @@ impl<'a> Problem<'a> {
             retry_after_ms: told::wait(why).map(whole_millis),
             circuit: circuit_state.map(|_| why.service.as_str()),
             circuit_state,
-            ..Self::blank(status, detail)
+            ..Self::blank(status, why)
         };
         (status, problem)
     }
 
     /// The document.
-    pub(super) fn json(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("numbers and strings in named fields")
+    pub(super) fn json(&self) -> Bytes {
+        let mut text = BytesMut::new();
+        self.write(&mut text);
+        text.freeze()
+    }
+
+    /// Writes the document.
+    pub(super) fn write(&self, text: &mut BytesMut) {
+        serde_json::to_writer(text.writer(), self).expect("numbers and strings in named fields");
     }
 }

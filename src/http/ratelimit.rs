@@ -1,8 +1,14 @@
 //! The header fields that tell a client its quota. The only place that knows how they are written; it reads no clock.
 
 use crate::quota::{Quota, whole_seconds};
+use bytes::{Buf, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue};
-use std::{cmp::Reverse, fmt::Write, time::Duration};
+use std::{
+    cmp::Reverse,
+    fmt::{self, Write},
+    iter,
+    time::Duration,
+};
 
 /// How answers tell clients what their limits admit and what is left: on admitted and on rejected calls alike.
 ///
@@ -68,149 +74,156 @@ const X_RATELIMIT: Names = [
 /// The most that an integer of RFC 9651 holds: 15 digits.
 const MOST: u64 = 999_999_999_999_999;
 
-/// A quota in the numbers that go over the wire.
-#[derive(Clone, Copy)]
-struct Numbers {
-    limit: u64,
-    window: u64,
-    remaining: u64,
-    reset: u64,
-}
-
 impl RateLimitHeaders {
-    /// Adds the quota to the headers. `reset` is in seconds, `None` if no time can be told: then draft 11 leaves it out, and the
-    /// other forms, which must have one, say the whole window. `unix_now` is read by [`XRateLimitEpoch`](Self::XRateLimitEpoch)
-    /// alone.
-    pub(super) fn write(self, headers: &mut HeaderMap, quota: &Quota, reset: Option<u64>, unix_now: Duration) {
+    /// How much room a quota takes as text, unless its name is full of what has to be escaped.
+    pub(super) fn room(quota: &Quota) -> usize {
+        // Draft 11 has the name twice and at most 78 bytes more, of numbers and what stands between them; draft 7 has 106.
+        2 * quota.limit.len() + 106
+    }
+
+    /// Writes the values of the header fields, a line each. `reset` is in seconds, `None` if no time can be told: then draft 11
+    /// leaves it out, and the other forms, which must have one, say the whole window. `unix_now` is read by
+    /// [`XRateLimitEpoch`](Self::XRateLimitEpoch) alone.
+    pub(super) fn write(self, text: &mut impl Write, quota: &Quota, reset: Option<u64>, unix_now: Duration) {
         let window = whole_seconds(quota.window).as_secs().clamp(1, MOST);
         let told = reset.map(|seconds| seconds.min(MOST));
-        let numbers = Numbers {
-            limit: quota.quota.min(MOST),
-            window,
-            remaining: quota.remaining.min(MOST),
-            reset: told.unwrap_or(window),
-        };
-        match self {
-            Self::Draft11 => draft_11(headers, &quota.limit, numbers, told),
-            Self::Draft7 => {
-                policy(headers, numbers);
-                draft_7(headers, numbers);
-            }
-            Self::Draft6 => {
-                policy(headers, numbers);
-                single(headers, &DRAFT_6, numbers);
-            }
+        let limit = quota.quota.min(MOST);
+        let remaining = quota.remaining.min(MOST);
+        let reset = told.unwrap_or(window);
+        // Writing to memory cannot fail.
+        let _ = match self {
+            Self::Draft11 => draft_11(text, &quota.limit, [limit, window, remaining], told),
+            Self::Draft7 => writeln!(
+                text,
+                "{limit};w={window}\nlimit={limit}, remaining={remaining}, reset={reset}"
+            ),
+            Self::Draft6 => writeln!(text, "{limit};w={window}\n{limit}\n{remaining}\n{reset}"),
             Self::XRateLimitEpoch => {
                 // Rounded up as the wait is: else the sum might be too early.
                 let now = whole_seconds(unix_now).as_secs();
-                let reset = now.saturating_add(numbers.reset).min(MOST);
-                single(headers, &X_RATELIMIT, Numbers { reset, ..numbers });
+                let reset = now.saturating_add(reset).min(MOST);
+                writeln!(text, "{limit}\n{remaining}\n{reset}")
             }
-            Self::XRateLimitDelta => single(headers, &X_RATELIMIT, numbers),
-            Self::Off => {}
+            Self::XRateLimitDelta => writeln!(text, "{limit}\n{remaining}\n{reset}"),
+            Self::Off => Ok(()),
+        };
+    }
+
+    /// Adds what was written, of any number of quotas, to the headers. The values share the text's buffer.
+    pub(super) fn add(self, headers: &mut HeaderMap, text: Bytes) {
+        let mut lines = lines(text);
+        while self.add_one(headers, || lines.next()).is_some() {}
+    }
+
+    /// Adds the next quota; `None` if there is none.
+    fn add_one(self, headers: &mut HeaderMap, mut next: impl FnMut() -> Option<HeaderValue>) -> Option<()> {
+        match self {
+            Self::Draft11 => {
+                append(headers, RATELIMIT_POLICY, next()?);
+                append(headers, RATELIMIT, next()?);
+            }
+            Self::Draft7 => {
+                append(headers, RATELIMIT_POLICY, next()?);
+                draft_7(headers, next()?);
+            }
+            Self::Draft6 => {
+                append(headers, RATELIMIT_POLICY, next()?);
+                single(headers, &DRAFT_6, [next()?, next()?, next()?]);
+            }
+            Self::XRateLimitEpoch | Self::XRateLimitDelta => {
+                single(headers, &X_RATELIMIT, [next()?, next()?, next()?]);
+            }
+            Self::Off => return None,
         }
+        Some(())
     }
 }
 
-fn draft_11(headers: &mut HeaderMap, limit: &str, numbers: Numbers, reset: Option<u64>) {
-    let Numbers {
-        limit: quota,
-        window,
-        remaining,
-        ..
-    } = numbers;
-    let name = sf_string(limit);
-    append(headers, RATELIMIT_POLICY, format!("{name};q={quota};w={window}"));
-    let mut item = name;
-    // Writing to a string cannot fail.
-    let _ = write!(item, ";r={remaining}");
+fn draft_11(
+    text: &mut impl Write,
+    name: &str,
+    [limit, window, remaining]: [u64; 3],
+    reset: Option<u64>,
+) -> fmt::Result {
+    sf_string(text, name)?;
+    writeln!(text, ";q={limit};w={window}")?;
+    sf_string(text, name)?;
+    write!(text, ";r={remaining}")?;
     if let Some(reset) = reset {
-        let _ = write!(item, ";t={reset}");
+        write!(text, ";t={reset}")?;
     }
-    append(headers, RATELIMIT, item);
+    text.write_char('\n')
 }
 
-/// The list of policies of drafts 4 to 7, in which limits have no names.
-fn policy(headers: &mut HeaderMap, Numbers { limit, window, .. }: Numbers) {
-    append(headers, RATELIMIT_POLICY, format!("{limit};w={window}"));
+/// The lines of a text, which is printable ASCII.
+fn lines(mut text: Bytes) -> impl Iterator<Item = HeaderValue> {
+    std::iter::from_fn(move || {
+        let end = text.iter().position(|byte| *byte == b'\n')?;
+        let line = text.split_to(end);
+        text.advance(1);
+        HeaderValue::from_maybe_shared(line).ok()
+    })
 }
 
-fn draft_7(headers: &mut HeaderMap, ours: Numbers) {
-    // A dictionary of RFC 9651: over any number of lines, of a key that comes twice the last.
-    let member = |name: &str| {
-        let lines = headers.get_all(RATELIMIT).into_iter();
-        let members = lines
-            .filter_map(|line| line.to_str().ok())
-            .flat_map(|line| line.split(','));
-        let named = members.filter_map(|member| member.trim().split_once('='));
-        let (_, value) = named.rev().find(|(key, _)| *key == name)?;
-        let without_parameters = value.split(';').next()?;
-        without_parameters.trim().parse().ok()
-    };
-    if stands(member("remaining"), member("reset"), ours) {
+fn draft_7(headers: &mut HeaderMap, ours: HeaderValue) {
+    const NAMES: [&str; 2] = ["remaining", "reset"];
+    let theirs = NAMES.map(|name| member(headers.get_all(RATELIMIT).iter(), name));
+    let own = NAMES.map(|name| member(iter::once(&ours), name));
+    if !stands(theirs, own) {
+        insert(headers, RATELIMIT, ours);
+    }
+}
+
+/// Of a dictionary of RFC 9651: over any number of lines, of a key that comes twice the last.
+fn member<'a>(lines: impl DoubleEndedIterator<Item = &'a HeaderValue>, name: &str) -> Option<u64> {
+    let members = lines
+        .filter_map(|line| line.to_str().ok())
+        .flat_map(|line| line.split(','));
+    let named = members.filter_map(|member| member.trim().split_once('='));
+    let (_, value) = named.rev().find(|(key, _)| *key == name)?;
+    let without_parameters = value.split(';').next()?;
+    without_parameters.trim().parse().ok()
+}
+
+fn single(headers: &mut HeaderMap, names: &Names, ours: [HeaderValue; 3]) {
+    let number = |value: &HeaderValue| value.to_str().ok()?.trim().parse().ok();
+    let [_, remaining, reset] = names;
+    let theirs = [remaining, reset].map(|name| headers.get(name).and_then(number));
+    let [_, remaining, reset] = &ours;
+    if stands(theirs, [remaining, reset].map(number)) {
         return;
     }
-    let Numbers {
-        limit,
-        remaining,
-        reset,
-        ..
-    } = ours;
-    insert(
-        headers,
-        RATELIMIT,
-        format!("limit={limit}, remaining={remaining}, reset={reset}"),
-    );
-}
-
-fn single(headers: &mut HeaderMap, [limit, remaining, reset]: &Names, ours: Numbers) {
-    let number = |name: &HeaderName| headers.get(name)?.to_str().ok()?.trim().parse().ok();
-    if stands(number(remaining), number(reset), ours) {
-        return;
+    for (name, value) in names.iter().zip(ours) {
+        insert(headers, name.clone(), value);
     }
-    insert(headers, limit.clone(), ours.limit.to_string());
-    insert(headers, remaining.clone(), ours.remaining.to_string());
-    insert(headers, reset.clone(), ours.reset.to_string());
 }
 
-/// Whether what an inner layer or the service itself said is at least as tight.
-fn stands(remaining: Option<u64>, reset: Option<u64>, ours: Numbers) -> bool {
-    remaining.is_some_and(|theirs| (theirs, Reverse(reset.unwrap_or(0))) <= (ours.remaining, Reverse(ours.reset)))
+/// Whether what an inner layer or the service itself said is at least as tight. Both are what remains, and the reset.
+fn stands(theirs: [Option<u64>; 2], ours: [Option<u64>; 2]) -> bool {
+    let tightness = |[remaining, reset]: [Option<u64>; 2]| Some((remaining?, Reverse(reset.unwrap_or(0))));
+    tightness(theirs).is_some_and(|theirs| Some(theirs) <= tightness(ours))
 }
 
 /// A string of RFC 9651: printable ASCII in quotes.
-fn sf_string(text: &str) -> String {
-    let mut string = String::with_capacity(text.len() + 32);
-    string.push('"');
-    for byte in text.bytes() {
+fn sf_string(text: &mut impl Write, string: &str) -> fmt::Result {
+    text.write_char('"')?;
+    for byte in string.bytes() {
         match byte {
-            b'"' | b'\\' => string.extend(['\\', char::from(byte)]),
-            b' '..=b'~' => string.push(char::from(byte)),
-            _ => {
-                let _ = write!(string, "%{byte:02X}");
-            }
+            b'"' | b'\\' => write!(text, "\\{}", char::from(byte))?,
+            b' '..=b'~' => text.write_char(char::from(byte))?,
+            _ => write!(text, "%{byte:02X}")?,
         }
     }
-    string.push('"');
-    string
+    text.write_char('"')
 }
 
 /// A response with so many headers that there is no room goes out without this one.
-fn append(headers: &mut HeaderMap, name: HeaderName, value: String) {
-    if let Some(value) = header_value(value) {
-        let _ = headers.try_append(name, value);
-    }
+fn append(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
+    let _ = headers.try_append(name, value);
 }
 
-fn insert(headers: &mut HeaderMap, name: HeaderName, value: String) {
-    if let Some(value) = header_value(value) {
-        let _ = headers.try_insert(name, value);
-    }
-}
-
-/// Takes the string over as it is. All that is written here is printable ASCII.
-fn header_value(value: String) -> Option<HeaderValue> {
-    HeaderValue::from_maybe_shared(bytes::Bytes::from(value)).ok()
+fn insert(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue) {
+    let _ = headers.try_insert(name, value);
 }
 
 #[cfg(test)]
@@ -231,7 +244,9 @@ mod tests {
     #[test]
     fn an_epoch_reset_is_the_time_of_day_plus_the_wait() {
         let write = |headers: &mut HeaderMap, quota: &Quota, reset, unix_now| {
-            RateLimitHeaders::XRateLimitEpoch.write(headers, quota, reset, unix_now);
+            let mut text = String::new();
+            RateLimitHeaders::XRateLimitEpoch.write(&mut text, quota, reset, unix_now);
+            RateLimitHeaders::XRateLimitEpoch.add(headers, text.into());
         };
         let mut headers = HeaderMap::new();
         let new_year = Duration::from_secs(1_767_225_600);
