@@ -121,8 +121,11 @@ struct Seat {
 
 static TABLE: [Seat; SEATS] = [const { Seat::new() }; SEATS];
 
-/// Which seats are taken, and whether there may be some to clear.
+/// Which seats are taken.
 static TAKEN_SEATS: Mutex<[bool; SEATS]> = Mutex::new([false; SEATS]);
+
+/// How many seats are closing, so that nobody looks for them where there are none.
+static CLOSING: AtomicUsize = AtomicUsize::new(0);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -178,7 +181,7 @@ impl Seat {
 
     /// A free seat, if there is one. Seats that were left unnoticed are found here.
     fn take() -> Option<&'static Self> {
-        TABLE.iter().for_each(Self::clear_if_left);
+        Self::clear_all_left();
         let mut taken = lock(&TAKEN_SEATS);
         let free = taken.iter().position(|taken| !taken)?;
         taken[free] = true;
@@ -187,8 +190,17 @@ impl Seat {
 
     /// Marks that the last handle is gone.
     fn leave(&self) {
+        CLOSING.fetch_add(1, Ordering::SeqCst);
         self.hot.closing.store(true, Ordering::SeqCst);
         self.clear_if_left();
+        Self::clear_all_left();
+    }
+
+    /// Clears those that were left in the moment in which their last share ended, so that nobody noticed.
+    fn clear_all_left() {
+        if CLOSING.load(Ordering::SeqCst) > 0 {
+            TABLE.iter().for_each(Self::clear_if_left);
+        }
     }
 
     /// Clears the seat for the next state if the last handle is gone and every share has ended.
@@ -208,6 +220,7 @@ impl Seat {
         let counts = self.lines().flat_map(|line| &line.0);
         hot.chain(counts).for_each(|word| word.store(0, Ordering::Relaxed));
         self.hot.closing.store(false, Ordering::Release);
+        CLOSING.fetch_sub(1, Ordering::SeqCst);
         drop(state);
         if let Some(place) = TABLE.iter().position(|seat| std::ptr::eq(seat, self)) {
             lock(&TAKEN_SEATS)[place] = false;
