@@ -38,6 +38,7 @@ mod quota;
 mod state;
 mod stripe;
 mod subscribe;
+mod sync;
 
 #[doc(inline)]
 pub use crate::{

@@ -25,29 +25,44 @@
 //! miss the mark while the other misses its end (neither pays for a fence); then the seat is cleared with the next one that is
 //! taken or left.
 
+use crate::sync::{
+    self, Mutex, MutexGuard, array,
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    constant, global, local,
+};
 use std::{
     any::Any,
     cell::Cell,
     ops::Deref,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-    },
+    sync::{Arc, PoisonError},
 };
 
-/// How many states may sit at once. A seat takes 8 kB, of which only those pages exist that were ever used.
-const SEATS: usize = 256;
+/// How large the tables are: small in a model, whose every word costs.
+#[cfg(not(all(test, portcullis_loom)))]
+mod size {
+    /// How many states may sit at once. A seat takes 8 kB, of which only those pages exist that were ever used.
+    pub(super) const SEATS: usize = 256;
+    /// How many threads have lines of their own. Reading a status walks all of them.
+    pub(super) const OWN_LINES: usize = 64;
+    /// How many counters a state may have.
+    pub(super) const COUNTERS: usize = 12;
+}
+#[cfg(all(test, portcullis_loom))]
+mod size {
+    pub(super) const SEATS: usize = 2;
+    pub(super) const OWN_LINES: usize = 2;
+    pub(super) const COUNTERS: usize = 8;
+}
 
-/// How many threads have lines of their own. Reading a status walks all of them.
-const OWN_LINES: usize = 64;
+use size::{COUNTERS, OWN_LINES, SEATS};
 
-/// How many words a line has. The first twelve are counters of the state's own; two count what was done in one generation of the
-/// state, and two its shares.
-const WORDS: usize = 16;
-const GENERATION: usize = 12;
-const DONE: usize = 13;
-const BEGUN: usize = 14;
-const ENDED: usize = 15;
+/// How many words a line has. The first are counters of the state's own; two count what was done in one generation of the state,
+/// and two its shares.
+const WORDS: usize = COUNTERS + 4;
+const GENERATION: usize = COUNTERS;
+const DONE: usize = COUNTERS + 1;
+const BEGUN: usize = COUNTERS + 2;
+const ENDED: usize = COUNTERS + 3;
 
 /// Counters that one thread writes, or all those that have no line to themselves. The alignment keeps neighbours (and the line that a prefetcher
 /// pulls along) apart.
@@ -55,8 +70,10 @@ const ENDED: usize = 15;
 struct Line([AtomicU64; WORDS]);
 
 impl Line {
-    const fn zero() -> Self {
-        Self([const { AtomicU64::new(0) }; WORDS])
+    constant! {
+        fn zero() -> Self {
+            Self(array![AtomicU64::new(0); WORDS])
+        }
     }
 
     /// Adds to a line that only this thread writes. `Release`, for the ends of shares; counters order nothing, and a reader that
@@ -101,10 +118,12 @@ pub(crate) struct Hot {
 }
 
 impl Hot {
-    const fn new() -> Self {
-        Self {
-            words: [const { AtomicU64::new(0) }; 4],
-            closing: AtomicBool::new(false),
+    constant! {
+        fn new() -> Self {
+            Self {
+                words: array![AtomicU64::new(0); 4],
+                closing: AtomicBool::new(false),
+            }
         }
     }
 }
@@ -119,32 +138,40 @@ struct Seat {
     state: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
 }
 
-static TABLE: [Seat; SEATS] = [const { Seat::new() }; SEATS];
+global! {
+    static TABLE: [Seat; SEATS] = array![Seat::new(); SEATS];
+}
 
-/// Which seats are taken.
-static TAKEN_SEATS: Mutex<[bool; SEATS]> = Mutex::new([false; SEATS]);
+// Which seats are taken.
+global! {
+    static TAKEN_SEATS: Mutex<[bool; SEATS]> = Mutex::new([false; SEATS]);
+}
 
-/// How many seats are closing, so that nobody looks for them where there are none.
-static CLOSING: AtomicUsize = AtomicUsize::new(0);
+// How many seats are closing, so that nobody looks for them where there are none.
+global! {
+    static CLOSING: AtomicUsize = AtomicUsize::new(0);
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Seat {
-    const fn new() -> Self {
-        Self {
-            hot: Hot::new(),
-            shared: Line::zero(),
-            own: [const { Line::zero() }; OWN_LINES],
-            state: Mutex::new(None),
+    constant! {
+        fn new() -> Self {
+            Self {
+                hot: Hot::new(),
+                shared: Line::zero(),
+                own: array![Line::zero(); OWN_LINES],
+                state: Mutex::new(None),
+            }
         }
     }
 
     /// The line that only this thread writes, if it has one.
     #[inline]
     fn own_line(&self) -> Option<&Line> {
-        self.own.get(NUMBER.get())
+        self.own.get(number())
     }
 
     #[inline]
@@ -158,7 +185,7 @@ impl Seat {
     #[cold]
     #[inline(never)]
     fn add_otherwise(&self, counter: usize, n: u64) {
-        if NUMBER.get() == UNSET {
+        if number() == UNSET {
             take_number();
         }
         match self.own_line() {
@@ -289,7 +316,7 @@ pub(crate) trait Homed: Send + Sync + 'static {
 }
 
 /// A handle of a state that every clone shares.
-pub(crate) struct Striped<T: Homed>(Arc<Root<T>>);
+pub(crate) struct Striped<T: Homed>(sync::Arc<Root<T>>);
 
 struct Root<T: Homed> {
     /// Where the state sits; here, too, because the hot paths begin here.
@@ -314,7 +341,7 @@ impl<T: Homed> Striped<T> {
         let mut root = Self::with(make, Home(HomeKind::Seat(seat)));
         root.seat = Some(seat);
         *lock(&seat.state) = Some(root.state.clone());
-        Self(Arc::new(root))
+        Self(sync::Arc::new(root))
     }
 
     /// A state that stands: for many of which each is used little.
@@ -323,7 +350,8 @@ impl<T: Homed> Striped<T> {
             hot: Hot::new(),
             line: Line::zero(),
         };
-        Self(Arc::new(Self::with(make, Home(HomeKind::Standing(Box::new(standing))))))
+        let home = Home(HomeKind::Standing(Box::new(standing)));
+        Self(sync::Arc::new(Self::with(make, home)))
     }
 
     fn with(make: impl FnOnce(Home) -> T, home: Home) -> Root<T> {
@@ -335,7 +363,7 @@ impl<T: Homed> Striped<T> {
 
     /// Whether nobody else holds this handle or, of a state that stands, a share.
     pub(crate) fn is_sole(&mut self) -> bool {
-        Arc::get_mut(&mut self.0).is_some_and(|root| Arc::get_mut(&mut root.state).is_some())
+        sync::Arc::get_mut(&mut self.0).is_some_and(|root| Arc::get_mut(&mut root.state).is_some())
     }
 
     #[inline]
@@ -388,7 +416,7 @@ impl<T: Homed> Striped<T> {
 
     /// Whether both are handles of one state.
     pub(crate) fn same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        sync::Arc::ptr_eq(&self.0, &other.0)
     }
 }
 
@@ -512,18 +540,22 @@ struct Numbers {
     handed_out: AtomicUsize,
 }
 
-static NUMBERS: Numbers = Numbers {
-    taken: Mutex::new(0),
-    handed_out: AtomicUsize::new(0),
-};
+global! {
+    static NUMBERS: Numbers = Numbers {
+        taken: Mutex::new(0),
+        handed_out: AtomicUsize::new(0),
+    };
+}
 
 impl Numbers {
     /// The lowest free number, if there is one.
     fn take(&self) -> Option<usize> {
         let mut taken = lock(&self.taken);
-        let lowest = taken.trailing_ones();
-        *taken |= 1u64.checked_shl(lowest)?;
-        let number = lowest as usize;
+        let number = taken.trailing_ones() as usize;
+        if number >= OWN_LINES {
+            return None;
+        }
+        *taken |= 1 << number;
         self.handed_out.fetch_max(number + 1, Ordering::AcqRel);
         Some(number)
     }
@@ -539,7 +571,7 @@ struct Taken(usize);
 impl Drop for Taken {
     fn drop(&mut self) {
         // What other thread locals still drop after this is counted in the line of all.
-        NUMBER.set(NONE);
+        set_number(NONE);
         NUMBERS.give_back(self.0);
     }
 }
@@ -548,10 +580,22 @@ impl Drop for Taken {
 const UNSET: usize = usize::MAX;
 const NONE: usize = usize::MAX - 1;
 
-thread_local! {
-    // Without a destructor, so there is no moment at which it cannot be read, and nothing to look at before it is.
-    static NUMBER: Cell<usize> = const { Cell::new(UNSET) };
-    static TAKEN: Cell<Option<Taken>> = const { Cell::new(None) };
+// Without a destructor, so there is no moment at which it cannot be read, and nothing to look at before it is.
+local! {
+    static NUMBER: Cell<usize> = Cell::new(UNSET);
+}
+local! {
+    static TAKEN: Cell<Option<Taken>> = Cell::new(None);
+}
+
+/// This thread's number. A model takes the thread locals away all at once, this one too.
+#[inline]
+fn number() -> usize {
+    NUMBER.try_with(Cell::get).unwrap_or(NONE)
+}
+
+fn set_number(number: usize) {
+    let _ = NUMBER.try_with(|mine| mine.set(number));
 }
 
 fn take_number() {
@@ -561,5 +605,8 @@ fn take_number() {
         kept.set(Some(Taken(number)));
         Some(number)
     });
-    NUMBER.set(number.ok().flatten().unwrap_or(NONE));
+    set_number(number.ok().flatten().unwrap_or(NONE));
 }
+
+#[cfg(all(test, portcullis_loom))]
+pub(crate) mod model;

@@ -54,6 +54,10 @@ use crate::{
     state::{Override, State},
     stripe::{Home, Homed, Hot, Striped},
     subscribe::Events,
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 use config::Settings;
 use machine::{Machine, Quick, Refusal, Transition};
@@ -61,10 +65,7 @@ use standby::Waiters;
 use std::{
     fmt,
     future::Future,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError},
 };
 
 /// The striped counters, by index.

@@ -4,16 +4,19 @@
 //! they look, and those who find no room come back. That time passes changes nothing, so each brings a timer of its own.
 
 use super::{CircuitBreaker, Core, Reservation};
-use crate::clock::{Reading, Sleep};
+use crate::{
+    clock::{Reading, Sleep},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering, fence},
+    },
+};
 use std::{
     collections::BTreeMap,
     fmt,
     future::Future,
     pin::Pin,
-    sync::{
-        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering, fence},
-    },
+    sync::{Arc, LazyLock, PoisonError},
     task::{Context, Wake, Waker},
 };
 

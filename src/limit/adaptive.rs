@@ -3,14 +3,12 @@ use crate::{
     clock::{Timestamp, nanos},
     error::{ConfigError, duration, share, within},
     permit::Outcome,
-};
-use std::{
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering, fence},
     },
-    time::Duration,
 };
+use std::{sync::PoisonError, time::Duration};
 
 /// A token bucket that finds its own rate: down when calls fail, up while they succeed and the rate is used.
 ///

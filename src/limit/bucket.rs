@@ -14,8 +14,10 @@
 //! of two bursts at least, and is full, whatever its wrapped difference seems to say; before that the difference is below 2⁶³.
 
 use super::backoff::back_off;
-use crate::clock::Timestamp;
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::{
+    clock::Timestamp,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 /// How long a bucket may go untouched, and after how long it is full, in units' time.
 const TOUCH_AFTER: u64 = 1 << 60;
@@ -402,5 +404,93 @@ mod tests {
                 prop_assert!(at == now || made_by(before) < u128::from(ask));
             }
         }
+    }
+}
+
+#[cfg(all(test, portcullis_loom))]
+mod model {
+    use super::*;
+    use crate::sync::{explore, spawn};
+    use std::sync::Arc;
+
+    /// A bucket of so many tokens in which no time passes: what is taken must be given back to be there again.
+    struct Still {
+        level: Level,
+        scale: Scale,
+        line: Line,
+        now: Timestamp,
+    }
+
+    impl Still {
+        fn new(burst: u32) -> Arc<Self> {
+            let now = Timestamp::from_nanos(1 << 62);
+            let line = Line {
+                start: now,
+                base: 10 * u64::from(burst),
+                mul: 1,
+                div: 1,
+            };
+            Arc::new(Self {
+                level: Level::full(&line),
+                scale: Scale::new(10, burst, &line, true),
+                line,
+                now,
+            })
+        }
+
+        fn bucket(&self) -> Bucket<'_> {
+            Bucket {
+                level: &self.level,
+                scale: &self.scale,
+            }
+        }
+
+        /// As a call takes it: at a glance, or else by a closer look.
+        fn take(&self) -> bool {
+            let bucket = self.bucket();
+            bucket.take_one_at_a_glance(&self.line, self.now) || bucket.take(&self.line, 1, self.now).is_ok()
+        }
+
+        /// How many tokens are left.
+        fn drain(&self) -> usize {
+            std::iter::from_fn(|| self.take().then_some(())).count()
+        }
+    }
+
+    #[test]
+    fn of_the_last_token_two_threads_take_one() {
+        explore("two takers of one token", 3, || {
+            let still = Still::new(1);
+            let other = still.clone();
+            let takes = spawn(move || other.take());
+            let mine = still.take();
+            assert!(mine ^ takes.join().unwrap(), "exactly one of them");
+            assert_eq!(still.drain(), 0);
+        });
+    }
+
+    #[test]
+    fn a_token_that_is_given_back_is_there_once() {
+        explore("one gives back, one takes two", 3, || {
+            let still = Still::new(2);
+            assert!(still.take());
+            let other = still.clone();
+            let gives = spawn(move || other.bucket().give_back(&other.line, 1, other.now));
+            let taken = [still.take(), still.take()].into_iter().filter(|taken| *taken).count();
+            gives.join().unwrap();
+            assert_eq!(taken + still.drain(), 2, "two tokens were there, and one came back");
+        });
+    }
+
+    #[test]
+    fn a_charge_and_a_take_both_count() {
+        explore("one charges, one takes", 3, || {
+            let still = Still::new(3);
+            let other = still.clone();
+            let charges = spawn(move || other.bucket().charge(&other.line, 2, other.now));
+            let taken = usize::from(still.take());
+            charges.join().unwrap();
+            assert_eq!(taken + still.drain(), 1, "of three tokens two were charged");
+        });
     }
 }

@@ -6,15 +6,14 @@
 //! window counts its admission from when others served it.
 
 use super::algorithm::Admission;
-use crate::clock::Timestamp;
-use std::{
-    collections::BTreeMap,
+use crate::{
+    clock::Timestamp,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering, fence},
     },
-    task::Waker,
 };
+use std::{collections::BTreeMap, sync::PoisonError, task::Waker};
 
 #[derive(Debug, Default)]
 pub(super) struct Queue {

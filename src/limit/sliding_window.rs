@@ -2,12 +2,9 @@ use super::backoff::back_off;
 use crate::{
     clock::{Timestamp, nanos},
     error::{ConfigError, duration, within},
-};
-use std::{
-    collections::VecDeque,
     sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
 };
+use std::{collections::VecDeque, time::Duration};
 
 /// An exact sliding window: no stretch of `window`, wherever it begins, holds more than `max_requests` admissions.
 ///
@@ -376,5 +373,78 @@ impl SlidingWindowState {
             }
         }
         free
+    }
+}
+
+#[cfg(all(test, portcullis_loom))]
+mod model {
+    use super::*;
+    use crate::sync::{explore, spawn};
+    use std::sync::Arc;
+
+    const NOW: u64 = 1 << 62;
+
+    /// A window of a second, with so many slots.
+    fn window(slots: u32) -> Arc<SlidingWindowState> {
+        let built = SlidingWindow::new(slots, Duration::from_secs(1)).build(Timestamp::from_nanos(NOW));
+        Arc::new(built.expect("valid settings"))
+    }
+
+    fn after(nanos: u64) -> Timestamp {
+        Timestamp::from_nanos(NOW + nanos)
+    }
+
+    /// As a call takes it: at a glance, or else by a closer look.
+    fn take(window: &SlidingWindowState, now: Timestamp) -> Option<Admission> {
+        window.take_one_at_a_glance(now).or_else(|| window.take(1, now).ok())
+    }
+
+    #[test]
+    fn two_threads_share_the_slots_of_a_window() {
+        for slots in [1, 2] {
+            explore("two threads take two each", 2, move || {
+                let window = window(slots);
+                let other = window.clone();
+                let two = |window: &SlidingWindowState| {
+                    let taken = [take(window, after(0)), take(window, after(1))];
+                    taken.into_iter().flatten().count()
+                };
+                let takes = spawn(move || two(&other));
+                let mine = two(&window);
+                assert_eq!(mine + takes.join().unwrap(), slots as usize, "the quota and no more");
+                assert!(take(&window, after(999_999_999)).is_none(), "none is a window old");
+                assert!(
+                    take(&window, after(1_000_000_001)).is_some(),
+                    "now one is, and none was lost"
+                );
+            });
+        }
+    }
+
+    #[test]
+    fn a_cost_of_two_takes_both_slots_or_none() {
+        explore("one takes two at once, one takes one", 3, || {
+            let window = window(2);
+            let other = window.clone();
+            let takes = spawn(move || other.take(2, after(0)).is_ok());
+            let one = take(&window, after(0)).is_some();
+            let two = takes.join().unwrap();
+            assert!(one ^ two, "one of them, whole");
+        });
+    }
+
+    #[test]
+    fn a_slot_that_is_given_back_is_free_once() {
+        explore("one gives back, one takes", 3, || {
+            let window = window(1);
+            let admission = take(&window, after(0)).expect("a free slot");
+            let other = window.clone();
+            let takes = spawn(move || take(&other, after(0)).is_some());
+            let returned = window.give_back(admission, 1);
+            let taken = takes.join().unwrap();
+            assert!(returned, "it is the newest");
+            let left = take(&window, after(0)).is_some();
+            assert!(taken ^ left, "the slot was free for one more, and only one");
+        });
     }
 }

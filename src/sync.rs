@@ -1,0 +1,109 @@
+//! What the protocols made by hand are made of: the standard library's locks and atomics, and in a model [loom]'s, so that the
+//! very code is modelled and not a copy of it.
+//!
+//! A model is a unit test in a module named `model`, beside the atomics that it proves. It runs with the flag
+//! `--cfg portcullis_loom` (`tests/run` shows how): not with `loom`, which other crates take for theirs. loom then runs the
+//! test once for each order in which its threads may step, and for each value that a load may see by the rules of memory.
+//!
+//! What loom does not show: a load that sees a store which comes later in the order of steps, and an exchange that fails for no
+//! reason. An ordering of `SeqCst` on a load or a store it takes for `AcqRel` (its fences are whole), which may raise false alarms
+//! but hides nothing.
+//!
+//! [loom]: https://docs.rs/loom
+
+#[cfg(not(all(test, portcullis_loom)))]
+mod parts {
+    pub(crate) use std::sync::{Arc, Mutex, MutexGuard, atomic};
+
+    /// A static. In a model, which has no other constants either, each run has its own.
+    macro_rules! global {
+        (static $name:ident: $type:ty = $value:expr;) => {
+            static $name: $type = $value;
+        };
+    }
+
+    /// A function that is `const`, but for models.
+    macro_rules! constant {
+        (fn $name:ident() -> $type:ty $body:block) => {
+            const fn $name() -> $type $body
+        };
+    }
+
+    /// An array of this value, anew for each place.
+    macro_rules! array {
+        ($value:expr; $length:expr) => {
+            [const { $value }; $length]
+        };
+    }
+
+    /// Something of each thread.
+    macro_rules! local {
+        (static $name:ident: $type:ty = $value:expr;) => {
+            thread_local! { static $name: $type = const { $value }; }
+        };
+    }
+
+    pub(crate) use {array, constant, global, local};
+}
+
+#[cfg(all(test, portcullis_loom))]
+mod parts {
+    pub(crate) use loom::sync::{Arc, Mutex, MutexGuard, atomic};
+
+    macro_rules! global {
+        (static $name:ident: $type:ty = $value:expr;) => {
+            loom::lazy_static! { static ref $name: $type = $value; }
+        };
+    }
+
+    macro_rules! constant {
+        (fn $name:ident() -> $type:ty $body:block) => {
+            fn $name() -> $type $body
+        };
+    }
+
+    macro_rules! array {
+        ($value:expr; $length:expr) => {
+            std::array::from_fn::<_, { $length }, _>(|_| $value)
+        };
+    }
+
+    macro_rules! local {
+        (static $name:ident: $type:ty = $value:expr;) => {
+            loom::thread_local! { static $name: $type = $value; }
+        };
+    }
+
+    pub(crate) use {array, constant, global, local};
+
+    /// Starts a thread of a model.
+    pub(crate) fn spawn<T: 'static>(run: impl FnOnce() -> T + 'static) -> loom::thread::JoinHandle<T> {
+        loom::thread::spawn(move || {
+            let done = run();
+            crate::stripe::model::end_thread();
+            done
+        })
+    }
+
+    /// Runs `model` in every order with at most so many preemptions (switches away from a thread that could go on, at other
+    /// points than its end), and says how many that were. Few faults need more than two (Musuvathi and Qadeer, 2007).
+    pub(crate) fn explore(name: &str, preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
+        use std::sync::{
+            Arc,
+            atomic::{AtomicU64, Ordering},
+        };
+        let runs = Arc::new(AtomicU64::new(0));
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = builder.preemption_bound.or(Some(preemptions));
+        builder.max_branches = 10_000;
+        let count = runs.clone();
+        builder.check(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            model();
+            crate::stripe::model::end_thread();
+        });
+        println!("{name}: {} runs", runs.load(Ordering::Relaxed));
+    }
+}
+
+pub(crate) use parts::*;
