@@ -164,9 +164,16 @@ impl Permit for () {
 }
 
 impl<P: Permit> Permit for Option<P> {
+    #[inline]
     fn settle(self, verdict: Verdict, now: &Reading) {
         if let Some(permit) = self {
             permit.settle(verdict, now);
+        }
+    }
+    #[inline]
+    fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
+        if let Some(permit) = permit {
+            P::settle_in_place(permit, verdict, now);
         }
     }
     fn cancel(self, cost: Option<u32>, now: &Reading) {

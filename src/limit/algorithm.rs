@@ -4,10 +4,9 @@ use super::{
     Adaptive, SlidingWindow, TokenBucket,
     adaptive::AdaptiveState,
     adaptive::Moved,
-    bucket::Level,
     sliding_window,
     sliding_window::SlidingWindowState,
-    token_bucket::{TokenBucketShape, TokenBucketState, TokenBucketView},
+    token_bucket::{TokenBucketState, TokenBucketView},
 };
 use crate::{
     clock::{Timestamp, nanos},
@@ -80,18 +79,6 @@ impl Algorithm {
         }
     }
 
-    /// What makes the states of a keyed limiter.
-    pub(super) fn cells(&self, now: Timestamp) -> Result<Cells, ConfigError> {
-        self.validate()?;
-        Ok(match self {
-            Self::TokenBucket(config) => Cells::TokenBuckets(config.shape(now)?),
-            Self::SlidingWindow(_) | Self::Adaptive(_) => Cells::Others {
-                algorithm: *self,
-                start: now,
-            },
-        })
-    }
-
     pub(super) fn build(&self, now: Timestamp) -> Result<State, ConfigError> {
         Ok(match self {
             Self::TokenBucket(config) => State::TokenBucket(config.build(now)?),
@@ -160,45 +147,18 @@ impl State {
     }
 }
 
-/// What the keys of one limiter have in common.
-#[derive(Debug)]
-pub(super) enum Cells {
-    TokenBuckets(TokenBucketShape),
-    /// All count from one instant: what one key was given cannot pass for what another is.
-    Others {
-        algorithm: Algorithm,
-        start: Timestamp,
-    },
-}
-
-/// What a keyed limiter keeps of each key.
+/// What a keyed limiter keeps of a key that is no token bucket, in a box of its own size.
 #[derive(Debug)]
 pub(super) enum Cell {
-    TokenBucket(Level),
     SlidingWindow(Box<SlidingWindowState>),
     Adaptive(Box<AdaptiveState>),
 }
 
-impl Cells {
-    /// The state of a new key: nothing has been used.
-    pub(super) fn full(&self) -> Cell {
+impl Cell {
+    pub(super) fn view(&self) -> View<'_> {
         match self {
-            Self::TokenBuckets(shape) => Cell::TokenBucket(shape.full()),
-            // Each in a box of its own size.
-            Self::Others { algorithm, start } => match algorithm.build(*start) {
-                Ok(State::SlidingWindow(state)) => Cell::SlidingWindow(Box::new(state)),
-                Ok(State::Adaptive(state)) => Cell::Adaptive(Box::new(state)),
-                Ok(State::TokenBucket(_)) | Err(_) => unreachable!("validated when the cells were made"),
-            },
-        }
-    }
-
-    pub(super) fn view<'a>(&'a self, cell: &'a Cell) -> View<'a> {
-        match (self, cell) {
-            (Self::TokenBuckets(shape), Cell::TokenBucket(level)) => View::TokenBucket(shape.of(level)),
-            (_, Cell::SlidingWindow(state)) => View::SlidingWindow(state),
-            (_, Cell::Adaptive(state)) => View::Adaptive(state),
-            (Self::Others { .. }, Cell::TokenBucket(_)) => unreachable!("made by these cells"),
+            Self::SlidingWindow(state) => View::SlidingWindow(state),
+            Self::Adaptive(state) => View::Adaptive(state),
         }
     }
 }

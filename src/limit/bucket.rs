@@ -114,10 +114,24 @@ pub(super) struct Level {
 impl Level {
     /// Full, if the line's base is the burst.
     pub(super) fn full(line: &Line) -> Self {
+        Self::new(0, line.start.nanos())
+    }
+
+    pub(super) fn new(gone: u64, touched: u64) -> Self {
         Self {
-            gone: AtomicU64::new(0),
-            touched: AtomicU64::new(line.start.nanos()),
+            gone: AtomicU64::new(gone),
+            touched: AtomicU64::new(touched),
         }
+    }
+
+    #[inline]
+    pub(super) fn gone(&self) -> &AtomicU64 {
+        &self.gone
+    }
+
+    #[inline]
+    pub(super) fn touched(&self) -> &AtomicU64 {
+        &self.touched
     }
 }
 
@@ -151,6 +165,20 @@ impl Scale {
 
     pub(super) fn token(&self) -> u64 {
         self.token
+    }
+
+    /// What is gone after one more token, if the bucket is as [`Bucket::take_one_at_a_glance`] wants it. Both counts must belong
+    /// together.
+    #[inline]
+    pub(super) fn one_gone(&self, line: &Line, gone: u64, touched: u64, now: Timestamp) -> Option<u64> {
+        let since = now.nanos().wrapping_sub(touched);
+        if line.div != 1 || since > self.touch_after {
+            return None;
+        }
+        let made = line.base.wrapping_add(line.elapsed(now).wrapping_mul(line.mul));
+        let content = difference(made, gone).min(self.burst);
+        let left = content - self.token.cast_signed();
+        (left >= 0).then(|| made.wrapping_sub(left.cast_unsigned()))
     }
 }
 
@@ -243,19 +271,13 @@ impl Bucket<'_> {
     /// `gone` is what it was before `touched` was read, or the exchange fails: the look is as good as [`look`](Self::look).
     #[inline]
     pub(super) fn take_one_at_a_glance(&self, line: &Line, now: Timestamp) -> bool {
-        if line.div != 1 {
-            return false;
-        }
-        let made = line.base.wrapping_add(line.elapsed(now).wrapping_mul(line.mul));
         loop {
             let gone = self.level.gone.load(Ordering::Acquire);
             let touched = self.level.touched.load(Ordering::Acquire);
-            let content = difference(made, gone).min(self.scale.burst);
-            let left = content - self.scale.token.cast_signed();
-            if now.nanos().wrapping_sub(touched) > self.scale.touch_after || left < 0 {
+            let Some(with) = self.scale.one_gone(line, gone, touched, now) else {
                 return false;
-            }
-            if self.replace(gone, made.wrapping_sub(left.cast_unsigned())) {
+            };
+            if self.replace(gone, with) {
                 return true;
             }
             back_off(now);

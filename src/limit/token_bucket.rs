@@ -131,13 +131,29 @@ impl TokenBucketShape {
 
     #[inline]
     pub(super) fn of<'a>(&'a self, level: &'a Level) -> TokenBucketView<'a> {
+        self.on(level, &self.line)
+    }
+
+    /// A bucket whose units are counted from another base.
+    #[inline]
+    pub(super) fn on<'a>(&'a self, level: &'a Level, line: &'a Line) -> TokenBucketView<'a> {
         TokenBucketView {
             bucket: Bucket {
                 level,
                 scale: &self.scale,
             },
-            line: &self.line,
+            line,
         }
+    }
+
+    #[inline]
+    pub(super) fn line(&self) -> &Line {
+        &self.line
+    }
+
+    #[inline]
+    pub(super) fn scale(&self) -> &Scale {
+        &self.scale
     }
 }
 

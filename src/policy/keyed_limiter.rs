@@ -165,6 +165,13 @@ impl<X: Key<Req>, Req> Policy<Req> for Keyed<KeyedRateLimiter, X> {
         self.refuse_cost(1, request, now)
     }
 
+    #[inline]
+    fn glance(&self, (): &(), request: &Req, now: &Reading) -> Option<Self::Permit> {
+        let found = self.set.fingerprint_with(|hasher| self.key.hash_key(request, hasher));
+        let fingerprint = found.filter(|found| *found != self.set.keyless())?;
+        self.set.glance(fingerprint, now).map(Some)
+    }
+
     fn admit(&self, (): (), request: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {
         self.admit_of(1, request, now)
             .map(|permit| permit.map(KeyedPermit::counting))

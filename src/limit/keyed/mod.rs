@@ -1,12 +1,14 @@
 //! A limiter for each key, in bounded memory.
 //!
-//! A key that is tracked is found under its shard's lock for reading, and its limiter is taken from under the same lock: nobody
-//! takes from one that has been evicted. Whoever adds a key holds the books, one mutex for the whole set. Locks are taken in this
-//! order: books, shard; no user code runs under any.
+//! Token buckets lie in a [`Table`] that is read without a lock; the states of other algorithms in a [`Map`] under locks. No user
+//! code runs under any.
+
+mod map;
+mod table;
 
 use super::{
     Algorithm, RateLimiterStatus,
-    algorithm::{Admission, Cell, Cells, View},
+    algorithm::{Admission, State, View},
     counter,
     status::{KeyStatus, KeysStatus, Seen},
 };
@@ -18,20 +20,16 @@ use crate::{
     permit::{Outcome, Permit, Verdict},
     quota::Quota,
     rejected::{Reason, Rejected, Told},
-    shards::{Seed, Shards},
+    shards::Seed,
     stripe::{Home, Homed, Share, Striped},
     subscribe::Events,
 };
+use map::Map;
 use std::{
-    cmp::Reverse,
-    collections::BinaryHeap,
     fmt,
     hash::{DefaultHasher, Hash},
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
-    },
 };
+use table::Table;
 
 /// How many keys that might have become idle a new key looks at, at most.
 const LOOKS: usize = 256;
@@ -64,13 +62,14 @@ const LOOKS: usize = 256;
 ///
 /// # Cost
 ///
-/// For a key that is tracked: a hash, a lock shared with one key in 32 that is only read, and what the algorithm costs. A new key
-/// takes a mutex, for O(log keys); in a full set it looks at up to 256 keys that should be idle. If these are all in use, it
+/// For a key of a token bucket that is tracked: a hash, a look at a table without any lock, and one compare-and-swap. Of the other
+/// algorithms: a hash, a lock shared with one key in 32 that is only read, and what the algorithm costs. A new key takes a mutex,
+/// for O(log keys); in a full set it looks at up to 256 keys that should be idle. If these are all in use, it
 /// meets the overflow, and the next new key looks at others.
 ///
-/// Memory: about 60 to 110 bytes for each tracked key of a token bucket, its place in the maps included, and up to 220 in a full
-/// set whose keys come and go; for a sliding window 60 more, and 8 for each request of its quota; for an adaptive limiter about
-/// 250 more.
+/// Memory, its place in the tables included: 52 to 65 bytes for each tracked key of a token bucket, whoever comes and goes, and 4 kB
+/// for the set. For the other algorithms 60 to 110 bytes, and up to 220 in a full set whose keys come and go; a sliding window takes
+/// 60 more, and 8 for each request of its quota; an adaptive limiter about 250 more.
 #[derive(Clone)]
 pub struct KeyedRateLimiter {
     set: Striped<Set>,
@@ -88,28 +87,72 @@ struct Set {
     limit: Name,
     clock: Clock,
     algorithm: Algorithm,
-    cells: Cells,
     max_keys: usize,
     seed: Seed,
     hub: Hub,
-    shards: Shards<Entry>,
-    books: Mutex<Books>,
-    overflow: Cell,
+    keys: Keys,
+    overflow: State,
     /// What a new key finds: looked at, and never used.
-    unused: Cell,
+    unused: State,
 }
 
-struct Entry {
-    cell: Cell,
-    rejected: AtomicU32,
+/// The keys that are tracked, each with its limiter.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one in each set, and no way round by a box"
+)]
+enum Keys {
+    Buckets(Table),
+    Others(Map),
 }
 
-/// What has to be seen and changed together.
-#[derive(Default)]
-struct Books {
-    /// Every tracked key once, with a time before which it was not idle: it may have been used since, and is not idle yet then.
-    idle_from: BinaryHeap<Reverse<(Timestamp, u64)>>,
-    evicted: u64,
+impl Keys {
+    fn new(algorithm: Algorithm, start: Timestamp, max_keys: usize) -> Result<Self, ConfigError> {
+        Ok(match algorithm {
+            Algorithm::TokenBucket(config) => Self::Buckets(Table::new(config.shape(start)?, max_keys)),
+            Algorithm::SlidingWindow(_) | Algorithm::Adaptive(_) => Self::Others(Map::new(algorithm, start, max_keys)),
+        })
+    }
+
+    /// Runs a step on a key's limiter, if it is tracked. It may run more than once, and what it answers last counts.
+    fn with<T>(&self, fingerprint: u64, step: impl Fn(View<'_>) -> T) -> Option<T> {
+        match self {
+            Self::Buckets(table) => table.with(fingerprint, step),
+            Self::Others(map) => map.with(fingerprint, step),
+        }
+    }
+
+    /// The same; a new key is added, unless there is no room for it.
+    fn with_or_add<T>(&self, fingerprint: u64, now: Timestamp, step: impl Fn(View<'_>) -> T) -> Option<T> {
+        match self {
+            Self::Buckets(table) => table.with_or_add(fingerprint, now, step),
+            Self::Others(map) => map.with_or_add(fingerprint, now, step),
+        }
+    }
+
+    /// Counts a rejection at a key, if it is tracked.
+    fn add_rejection(&self, fingerprint: u64) {
+        match self {
+            Self::Buckets(table) => table.add_rejection(fingerprint),
+            Self::Others(map) => map.add_rejection(fingerprint),
+        }
+    }
+
+    /// Whether a new key would meet the overflow, as far as can be told without evicting one.
+    fn overflows(&self, now: Timestamp) -> bool {
+        match self {
+            Self::Buckets(table) => table.overflows(now),
+            Self::Others(map) => map.overflows(now),
+        }
+    }
+
+    /// How many keys are tracked, and how many have been evicted; and all who have been rejected, piece by piece.
+    fn survey(&self, see: impl FnMut(&mut dyn Iterator<Item = (u32, u64)>)) -> (usize, u64) {
+        match self {
+            Self::Buckets(table) => table.survey(see),
+            Self::Others(map) => map.survey(see),
+        }
+    }
 }
 
 /// Makes a [`KeyedRateLimiter`]; from [`KeyedRateLimiter::builder`].
@@ -161,7 +204,9 @@ impl KeyedRateLimiterBuilder {
         let service = Name::new("name", &self.service)?;
         let limit = Name::new("limit", &self.limit)?;
         let max_keys = within("max_keys", self.max_keys, &(1..=1 << 24))?;
-        let cells = self.algorithm.cells(self.clock.now())?;
+        let start = self.clock.now();
+        let (overflow, unused) = (self.algorithm.build(start)?, self.algorithm.build(start)?);
+        let keys = Keys::new(self.algorithm, start, max_keys)?;
         Ok(KeyedRateLimiter {
             set: Striped::new(|home| Set {
                 home,
@@ -172,11 +217,9 @@ impl KeyedRateLimiterBuilder {
                 max_keys,
                 seed: Seed::default(),
                 hub: Hub::default(),
-                shards: Shards::default(),
-                books: Mutex::default(),
-                overflow: cells.full(),
-                unused: cells.full(),
-                cells,
+                keys,
+                overflow,
+                unused,
             }),
         })
     }
@@ -184,105 +227,28 @@ impl KeyedRateLimiterBuilder {
 
 /// Where a call was admitted. One that cost nothing was at its key, tracked or not: it may cost something yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    Key(u64),
-    Overflow,
+struct Place(u64);
+
+impl Place {
+    /// No key's fingerprint.
+    const OVERFLOW: Self = Self(0);
 }
 
 impl Set {
-    fn books(&self) -> MutexGuard<'_, Books> {
-        self.books.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn view<'a>(&'a self, cell: &'a Cell) -> View<'a> {
-        self.cells.view(cell)
-    }
-
-    /// Runs a step on a key's limiter, if it is tracked.
-    fn with<T>(&self, fingerprint: u64, step: impl FnOnce(View<'_>, &Entry) -> T) -> Option<T> {
-        let shard = self.shards.read(fingerprint);
-        let entry = shard.get(&fingerprint)?;
-        Some(step(self.view(&entry.cell), entry))
-    }
-
     /// Runs a step on the limiter where a call was admitted, if it is there yet.
-    fn at<T>(&self, place: Place, step: impl FnOnce(View<'_>) -> T) -> Option<T> {
+    fn at<T>(&self, place: Place, step: impl Fn(View<'_>) -> T) -> Option<T> {
         match place {
-            Place::Key(fingerprint) => self.with(fingerprint, |view, _| step(view)),
-            Place::Overflow => Some(step(self.view(&self.overflow))),
+            Place::OVERFLOW => Some(step(self.overflow.view())),
+            Place(fingerprint) => self.keys.with(fingerprint, step),
         }
     }
 
-    /// Runs a step on the key's limiter, new if the key is, or on the overflow's. A new one is shown to nobody before.
+    /// Runs a step on the key's limiter, new if the key is, or on the overflow's.
     fn with_or_add<T>(&self, fingerprint: u64, now: Timestamp, step: impl Fn(View<'_>) -> T) -> (T, Place) {
-        if let Some(done) = self.with(fingerprint, |view, _| step(view)) {
-            return (done, Place::Key(fingerprint));
+        match self.keys.with_or_add(fingerprint, now, &step) {
+            Some(done) => (done, Place(fingerprint)),
+            None => (step(self.overflow.view()), Place::OVERFLOW),
         }
-        let mut books = self.books();
-        if let Some(done) = self.with(fingerprint, |view, _| step(view)) {
-            return (done, Place::Key(fingerprint));
-        }
-        if books.idle_from.len() >= self.max_keys && !self.evict(&mut books, now) {
-            drop(books);
-            return (step(self.view(&self.overflow)), Place::Overflow);
-        }
-        let entry = Entry {
-            cell: self.cells.full(),
-            rejected: AtomicU32::new(0),
-        };
-        let view = self.view(&entry.cell);
-        let done = step(view);
-        books.idle_from.push(Reverse((view.full_again(now), fingerprint)));
-        self.shards.write(fingerprint).insert(fingerprint, entry);
-        (done, Place::Key(fingerprint))
-    }
-
-    /// When a key certainly has its whole quota. A window's latest admission may carry an earlier time than the one before, if its
-    /// thread lay behind: so what seems whole is asked for all of it, at the price of the window that takes its place.
-    fn whole_from(&self, view: View<'_>, now: Timestamp) -> Timestamp {
-        match view.full_again(now) {
-            at if at > now => at,
-            _ => view.peek(self.algorithm.largest(), now),
-        }
-    }
-
-    /// Takes out a key that has its whole quota. Each look at one that has not is paid for by the call that it made since.
-    fn evict(&self, books: &mut Books, now: Timestamp) -> bool {
-        for _ in 0..LOOKS {
-            let Some(mut next) = books.idle_from.peek_mut() else {
-                return false;
-            };
-            let Reverse((idle_from, fingerprint)) = *next;
-            if idle_from > now {
-                return false;
-            }
-            let mut shard = self.shards.write(fingerprint);
-            let full = shard
-                .get(&fingerprint)
-                .map(|entry| self.whole_from(self.view(&entry.cell), now))
-                .filter(|full| *full > now);
-            if let Some(full) = full {
-                *next = Reverse((full, fingerprint));
-                continue;
-            }
-            let evicted = shard.remove(&fingerprint);
-            drop(shard);
-            std::collections::binary_heap::PeekMut::pop(next);
-            books.evicted += 1;
-            drop(evicted);
-            return true;
-        }
-        false
-    }
-
-    /// Whether a new key would meet the overflow, as far as can be told without evicting one.
-    fn overflows(&self, now: Timestamp) -> bool {
-        let books = self.books();
-        let full = books.idle_from.len() >= self.max_keys;
-        full && books
-            .idle_from
-            .peek()
-            .is_some_and(|Reverse((idle_from, _))| *idle_from > now)
     }
 
     fn told(&self, view: View<'_>, now: Timestamp) -> Told {
@@ -311,8 +277,8 @@ impl Set {
         if cost <= burst {
             return Ok(());
         }
-        let told = self.with(fingerprint, |view, _| self.told(view, now));
-        let told = told.unwrap_or_else(|| self.told(self.view(&self.unused), now));
+        let told = self.keys.with(fingerprint, |view| self.told(view, now));
+        let told = told.unwrap_or_else(|| self.told(self.unused.view(), now));
         Err(self.rejected(Reason::CostExceedsBurst { cost, burst }, told))
     }
 }
@@ -357,43 +323,49 @@ impl KeyedRateLimiter {
     }
 
     pub(crate) fn acquire_at(&self, fingerprint: u64, cost: u32, now: &Reading) -> Result<KeyedPermit, Rejected> {
-        self.acquire_uncounted(fingerprint, cost, now)
-            .inspect_err(|why| self.count(Some(fingerprint), why, now))
-    }
-
-    fn acquire_uncounted(&self, fingerprint: u64, cost: u32, now: &Reading) -> Result<KeyedPermit, Rejected> {
         let set: &Set = &self.set;
         if cost == 0 {
             // Its key need not be remembered, but is charged if the call turns out to cost something.
-            return Ok(self.permit(Place::Key(fingerprint), 0, Admission::Tokens));
+            return Ok(self.permit(Place(fingerprint), 0, Admission::Tokens));
         }
-        let now = now.at(&set.clock);
-        set.check_cost(fingerprint, cost, now)?;
-        let (taken, place) = set.with_or_add(fingerprint, now, |view| {
-            view.roll(now);
-            view.take(cost, now).map_err(|until| set.over_limit(view, until, now))
+        let at = now.at(&set.clock);
+        if let Err(why) = set.check_cost(fingerprint, cost, at) {
+            self.count(Some(fingerprint), &why, now);
+            return Err(why);
+        }
+        let (taken, place) = set.with_or_add(fingerprint, at, |view| {
+            view.roll(at);
+            view.take(cost, at).map_err(|until| set.over_limit(view, until, at))
         });
-        let admission = match taken {
-            Ok(admission) => admission,
-            Err(why) => {
-                if place == Place::Overflow {
-                    self.set.add(counter::OVERFLOWED, 1);
-                }
-                return Err(why);
-            }
-        };
-        Ok(self.permit(place, cost, admission))
-    }
-
-    fn permit(&self, place: Place, cost: u32, admission: Admission) -> KeyedPermit {
-        self.set.add(counter::ACCEPTED, 1);
-        self.set.add(counter::ACCEPTED_COST, cost.into());
-        if place == Place::Overflow {
+        if place == Place::OVERFLOW {
             self.set.add(counter::OVERFLOWED, 1);
         }
+        match taken {
+            Ok(admission) => Ok(self.permit(place, cost, admission)),
+            Err(why) => {
+                self.count((place != Place::OVERFLOW).then_some(fingerprint), &why, now);
+                Err(why)
+            }
+        }
+    }
+
+    /// Leave to make one call for this key now, if a look is enough; otherwise nothing has happened.
+    #[inline]
+    pub(crate) fn glance(&self, fingerprint: u64, now: &Reading) -> Option<KeyedPermit> {
+        let set: &Set = &self.set;
+        let Keys::Buckets(table) = &set.keys else {
+            return None;
+        };
+        let taken = table.take_one_at_a_glance(fingerprint, || now.at(&set.clock));
+        taken.then(|| self.permit(Place(fingerprint), 1, Admission::Tokens))
+    }
+
+    #[inline]
+    fn permit(&self, place: Place, cost: u32, admission: Admission) -> KeyedPermit {
+        let counts = [(counter::ACCEPTED, 1), (counter::ACCEPTED_COST, cost.into())];
         KeyedPermit {
             learns: matches!(self.set.algorithm, Algorithm::Adaptive(_)),
-            share: Some(self.set.share()),
+            share: Some(self.set.count_and_share(counts)),
             place,
             cost,
             admission,
@@ -413,11 +385,7 @@ impl KeyedRateLimiter {
             1,
         );
         if let Some(fingerprint) = fingerprint {
-            let more = |n: u32| Some(n.saturating_add(1));
-            // `Relaxed`: a counter orders nothing.
-            set.with(fingerprint, |_, entry| {
-                entry.rejected.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
-            });
+            set.keys.add_rejection(fingerprint);
         }
         set.hub.rejected(why, || now.at(&set.clock));
     }
@@ -431,10 +399,10 @@ impl KeyedRateLimiter {
     /// The same, counted as [`acquire_at`](Self::acquire_at) would.
     pub(crate) fn refuse(&self, fingerprint: u64, cost: u32, now: &Reading) -> Option<Rejected> {
         let (why, place) = self.peek_at(fingerprint, cost, now)?;
-        if place == Place::Overflow {
+        if place == Place::OVERFLOW {
             self.set.add(counter::OVERFLOWED, 1);
         }
-        self.count(Some(fingerprint), &why, now);
+        self.count((place != Place::OVERFLOW).then_some(fingerprint), &why, now);
         Some(why)
     }
 
@@ -445,15 +413,15 @@ impl KeyedRateLimiter {
         }
         let now = now.at(&set.clock);
         if let Err(why) = set.check_cost(fingerprint, cost, now) {
-            return Some((why, Place::Key(fingerprint)));
+            return Some((why, Place(fingerprint)));
         }
         let look = |view: View<'_>| {
             let until = view.peek(cost, now);
             (now < until).then(|| set.over_limit(view, until, now))
         };
-        let (refusal, place) = match set.with(fingerprint, |view, _| look(view)) {
-            Some(refusal) => (refusal, Place::Key(fingerprint)),
-            None if set.overflows(now) => (look(set.view(&set.overflow)), Place::Overflow),
+        let (refusal, place) = match set.keys.with(fingerprint, look) {
+            Some(refusal) => (refusal, Place(fingerprint)),
+            None if set.keys.overflows(now) => (look(set.overflow.view()), Place::OVERFLOW),
             None => return None,
         };
         refusal.map(|why| (why, place))
@@ -526,21 +494,19 @@ impl KeyedRateLimiter {
     pub fn status(&self) -> RateLimiterStatus {
         let set: &Set = &self.set;
         let now = set.clock.now();
-        let books = set.books();
-        let mut rejected: Vec<(u32, u64)> = Vec::new();
-        for shard in set.shards.each() {
-            let offending = shard
-                .iter()
-                .map(|(key, entry)| (entry.rejected.load(Ordering::Relaxed), *key));
-            rejected.extend(offending.filter(|(rejected, _)| *rejected > 0));
-            // So that the list is never longer than the worst and one shard.
-            rejected.sort_unstable_by(|a, b| b.cmp(a));
-            rejected.truncate(KeysStatus::MOST_REJECTED);
-        }
-        let (tracked, evicted) = (books.idle_from.len(), books.evicted);
-        drop(books);
-        let cell = if set.overflows(now) { &set.overflow } else { &set.unused };
-        let view = set.view(cell);
+        let mut worst: Vec<(u32, u64)> = Vec::new();
+        let (tracked, evicted) = set.keys.survey(|rejected| {
+            worst.extend(rejected);
+            // So that the list is never longer than the worst and one piece.
+            worst.sort_unstable_by(|a, b| b.cmp(a));
+            worst.truncate(KeysStatus::MOST_REJECTED);
+        });
+        let overflows = set.keys.overflows(now);
+        let view = if overflows {
+            set.overflow.view()
+        } else {
+            set.unused.view()
+        };
         let until = view.peek(1, now);
         let seen = Seen {
             service: &set.service,
@@ -558,7 +524,7 @@ impl KeyedRateLimiter {
             evicted,
             overflow_requests: self.set.home.sum(counter::OVERFLOWED),
             missing_key_requests: self.set.home.sum(counter::KEYLESS) + self.set.home.sum(counter::REJECTED_KEYLESS),
-            most_rejected: rejected
+            most_rejected: worst
                 .into_iter()
                 .map(|(rejected, key)| KeyStatus {
                     key: format!("{key:016x}"),
@@ -690,13 +656,10 @@ impl KeyedPermit {
                 view.roll(now);
                 view.correct(self.cost, cost, now);
             };
-            match self.place {
-                Place::Key(fingerprint) if cost > self.cost => {
-                    set.with_or_add(fingerprint, now, correct);
-                }
-                place => {
-                    set.at(place, correct);
-                }
+            if cost > self.cost && self.place != Place::OVERFLOW {
+                set.with_or_add(self.place.0, now, correct);
+            } else {
+                set.at(self.place, correct);
             }
         }
         if self.learns {
@@ -720,6 +683,25 @@ impl Permit for KeyedPermit {
     fn settle(mut self, verdict: Verdict, now: &Reading) {
         let metered = verdict.metered.filter(|_| self.estimated);
         self.end(Some(verdict.outcome), verdict.cost.or(metered), now);
+    }
+
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
+        if let Some(Self {
+            share: Some(Share::Sitting(seat)),
+            learns: false,
+            ..
+        }) = permit
+            && verdict.cost.is_none()
+            && verdict.metered.is_none()
+        {
+            seat.end();
+            // The share has ended already.
+            std::mem::forget(permit.take());
+        } else if let Some(permit) = permit.take() {
+            Permit::settle(permit, verdict, now);
+        }
     }
 
     fn cancel(mut self, cost: Option<u32>, now: &Reading) {
