@@ -41,6 +41,7 @@ where
     F: Fn(&Req) -> Option<K>,
     K: Hash,
 {
+    #[inline]
     fn hash_key<H: Hasher>(&self, request: &Req, hasher: &mut H) -> bool {
         match self(request) {
             Some(key) => {
@@ -53,6 +54,7 @@ where
 }
 
 impl<Req, A: Key<Req>, B: Key<Req>> Key<Req> for (A, B) {
+    #[inline]
     fn hash_key<H: Hasher>(&self, request: &Req, hasher: &mut H) -> bool {
         self.0.hash_key(request, hasher) && self.1.hash_key(request, hasher)
     }

@@ -32,6 +32,7 @@ mod shards;
 mod clock;
 mod error;
 mod event;
+mod fingerprint;
 mod name;
 mod numbers;
 mod quota;

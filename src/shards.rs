@@ -1,8 +1,8 @@
-//! What is kept for each key: maps under locks that callers rarely share, and fingerprints in place of keys.
+//! What is kept for each key: maps under locks that callers rarely share.
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash, Hasher, RandomState},
+    hash::{BuildHasherDefault, Hasher},
     sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
@@ -56,45 +56,5 @@ impl Hasher for Hashed {
     }
     fn write_u64(&mut self, fingerprint: u64) {
         self.0 = fingerprint;
-    }
-}
-
-/// Makes fingerprints that nobody can foresee or trace back.
-pub(crate) struct Seed {
-    hashers: RandomState,
-    keyless: u64,
-}
-
-impl Default for Seed {
-    fn default() -> Self {
-        let hashers = RandomState::default();
-        let keyless = fingerprint(hashers.build_hasher().finish());
-        Self { hashers, keyless }
-    }
-}
-
-/// Zero is nobody's: tables may use it as a mark.
-#[inline]
-fn fingerprint(hash: u64) -> u64 {
-    hash.max(1)
-}
-
-impl Seed {
-    #[inline]
-    pub(crate) fn fingerprint(&self, key: &(impl Hash + ?Sized)) -> u64 {
-        fingerprint(self.hashers.hash_one(key))
-    }
-
-    /// The fingerprint of what is written, if it says that there is a key.
-    #[inline]
-    pub(crate) fn fingerprint_with(&self, write: impl FnOnce(&mut DefaultHasher) -> bool) -> Option<u64> {
-        let mut hasher = self.hashers.build_hasher();
-        write(&mut hasher).then(|| fingerprint(hasher.finish()))
-    }
-
-    /// The fingerprint of no key.
-    #[inline]
-    pub(crate) fn keyless(&self) -> u64 {
-        self.keyless
     }
 }

@@ -9,16 +9,17 @@ use crate::{
     clock::{Clock, Reading, Timestamp},
     error::{ConfigError, within},
     event::{Event, Hub, Listener, ListenerId},
+    fingerprint::{Seed, SipHasher},
     name::Name,
     rejected::{Reason, Rejected},
-    shards::{Seed, Shards},
+    shards::Shards,
     state::{State, StateTransitions},
     stripe::Striped,
     subscribe::Events,
 };
 use std::{
     fmt,
-    hash::{DefaultHasher, Hash},
+    hash::Hash,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -311,7 +312,7 @@ impl KeyedCircuitBreaker {
     }
 
     /// The fingerprint of what is written, if it says so.
-    pub(crate) fn fingerprint_with(&self, write: impl FnOnce(&mut DefaultHasher) -> bool) -> Option<u64> {
+    pub(crate) fn fingerprint_with(&self, write: impl FnOnce(&mut SipHasher) -> bool) -> Option<u64> {
         self.set.seed.fingerprint_with(write)
     }
 

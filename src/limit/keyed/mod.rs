@@ -16,19 +16,16 @@ use crate::{
     clock::{Clock, Reading, Timestamp},
     error::{ConfigError, within},
     event::{Event, Hub, Listener, ListenerId},
+    fingerprint::{Seed, SipHasher},
     name::Name,
     permit::{Outcome, Permit, Verdict},
     quota::Quota,
     rejected::{Reason, Rejected, Told},
-    shards::Seed,
     stripe::{Home, Homed, Share, Striped},
     subscribe::Events,
 };
 use map::Map;
-use std::{
-    fmt,
-    hash::{DefaultHasher, Hash},
-};
+use std::{fmt, hash::Hash};
 use table::Table;
 
 /// How many keys that might have become idle a new key looks at, at most.
@@ -449,7 +446,7 @@ impl KeyedRateLimiter {
         self.set.seed.fingerprint(key)
     }
 
-    pub(crate) fn fingerprint_with(&self, write: impl FnOnce(&mut DefaultHasher) -> bool) -> Option<u64> {
+    pub(crate) fn fingerprint_with(&self, write: impl FnOnce(&mut SipHasher) -> bool) -> Option<u64> {
         self.set.seed.fingerprint_with(write)
     }
 
