@@ -1,14 +1,15 @@
 //! Token buckets by fingerprint, found and used without a lock.
 //!
 //! All that a bucket is are two words, so a key needs no object of its own: it has a *slot* of 32 bytes, and a slot, once made,
-//! stays where it is for as long as the table. What moves are *links*, numbers of slots in 32 bits.
+//! stays where it is for as long as the table. What moves are *links*, places of slots in 32 bits.
 //!
 //! # Finding
 //!
 //! The table is a linear hash table: as many chains as slots, and with each slot that is made one chain is split in two.
-//! So it grows by a step with each key, copies nothing, and never stands still. Slots and links lie in *segments*, each a quarter of a
-//! power of two, that are allocated when they are needed. A link bears seven bits of the fingerprint it leads to: who walks a chain
-//! touches links only, and the one slot it looks for.
+//! So it grows by a step with each key, copies nothing, and never stands still. Slots lie in *segments*, each an eighth of a power of
+//! two, heads of chains in segments of powers of two, that are allocated when they are needed. A link tells segment and offset,
+//! so that nobody has to work them out, and four bits of the fingerprint it leads to: who walks a chain touches links, and hardly
+//! ever a slot but the one it looks for.
 //!
 //! Links are changed under the books, one mutex for the table, and read without. Who walks while a chain is split or a slot
 //! leaves it may be led into another chain, and miss a key that is there. So a hit is trusted and a miss is not: it is
@@ -67,6 +68,8 @@ const ATTEMPTS: u32 = 8;
 /// How far a walk goes that may have been led in circles. Chains have one link each on average, and hardly ever ten.
 const LONGEST_WALK: usize = 32;
 
+const MADE: &str = "made before it was linked to";
+
 /// No key's fingerprint.
 const NOBODY: u64 = 0;
 
@@ -82,9 +85,17 @@ pub(super) struct Table {
     shape: TokenBucketShape,
     max_keys: u32,
     segments: [OnceLock<Segment>; SEGMENTS],
+    /// Links to the first slot of each chain.
+    heads: [OnceLock<Box<[AtomicU32]>>; HEAD_SEGMENTS],
     /// How many chains there are: as many as slots.
     chains: Apart<AtomicU32>,
     books: Apart<Mutex<Books>>,
+}
+
+struct Segment {
+    slots: Box<[Slot]>,
+    /// Links from each slot to the next of its chain.
+    next: Box<[AtomicU32]>,
 }
 
 #[repr(align(32))]
@@ -96,20 +107,6 @@ struct Slot {
     tally: AtomicU64,
 }
 
-/// The slots of a segment, and as many links.
-struct Segment {
-    slots: Box<[Slot]>,
-    links: Box<[Links]>,
-}
-
-/// Two links that have nothing to do with each other.
-struct Links {
-    /// To the first slot of the chain with this number.
-    head: AtomicU32,
-    /// From the slot with this number to the next of its chain.
-    next: AtomicU32,
-}
-
 /// What has to be seen and changed together.
 #[derive(Default)]
 struct Books {
@@ -118,7 +115,7 @@ struct Books {
     /// How many slots have been made.
     made: u32,
     /// One that has been made and is nobody's.
-    vacant: Option<u32>,
+    vacant: Option<Spot>,
     evicted: u64,
 }
 
@@ -128,64 +125,95 @@ struct Due([u32; 3]);
 
 impl Due {
     #[expect(clippy::cast_possible_truncation, reason = "both halves are kept")]
-    fn new(at: Timestamp, slot: u32) -> Self {
+    fn new(at: Timestamp, slot: Spot) -> Self {
         let nanos = at.nanos();
-        Self([(nanos >> 32) as u32, nanos as u32, slot])
+        Self([(nanos >> 32) as u32, nanos as u32, slot.0])
     }
 
     fn at(&self) -> Timestamp {
         Timestamp::from_nanos(u64::from(self.0[0]) << 32 | u64::from(self.0[1]))
     }
 
-    fn slot(&self) -> u32 {
-        self.0[2]
+    fn slot(&self) -> Spot {
+        Spot(self.0[2])
     }
 }
 
-/// The number of a slot, and seven bits of its owner's fingerprint; or zero, the end of a chain.
+/// Where a slot lies: the number of its segment plus one in eight bits, and which of the segment's it is in twenty.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Spot(u32);
+
+const OFFSET_BITS: u32 = 20;
+const SPOT_BITS: u32 = 28;
+
+/// Segments are eighths of powers of two: the first eight have as many slots together as come before the ninth.
+const FIRST: u32 = 32;
+const SEGMENTS: usize = 8 * (24 - FIRST.ilog2() as usize) + 1;
+
+impl Spot {
+    /// Of the slot with this number.
+    fn of(number: u32) -> Self {
+        let from_zero = number + FIRST;
+        let power = from_zero.ilog2();
+        let eighth = power - 3;
+        let segment = 8 * (power - FIRST.ilog2()) + (from_zero >> eighth) - 8;
+        Self((segment + 1) << OFFSET_BITS | from_zero & ((1 << eighth) - 1))
+    }
+
+    #[inline]
+    fn segment(self) -> usize {
+        (self.0 >> OFFSET_BITS) as usize - 1
+    }
+
+    #[inline]
+    fn offset(self) -> usize {
+        (self.0 & ((1 << OFFSET_BITS) - 1)) as usize
+    }
+}
+
+/// The number of the first slot of a segment.
+fn first_of(segment: usize) -> usize {
+    ((8 + segment % 8) << (segment / 8 + FIRST.ilog2() as usize - 3)) - FIRST as usize
+}
+
+/// A spot, and above it four bits of the fingerprint of who is there; or zero, the end of a chain.
 #[derive(Clone, Copy)]
 struct Link(u32);
 
 impl Link {
-    const TAG: u32 = 0x7F << 25;
+    fn new(slot: Spot, fingerprint: u64) -> Self {
+        Self(Self::tag(fingerprint) << SPOT_BITS | slot.0)
+    }
 
     #[inline]
     fn tag(fingerprint: u64) -> u32 {
-        ((fingerprint >> 57) as u32) << 25
-    }
-
-    fn new(slot: u32, fingerprint: u64) -> Self {
-        Self(Self::tag(fingerprint) | (slot + 1))
+        (fingerprint >> 60) as u32
     }
 
     #[inline]
-    fn slot(self) -> Option<u32> {
-        (self.0 & !Self::TAG).checked_sub(1)
+    fn slot(self) -> Option<Spot> {
+        (self.0 != 0).then_some(Spot(self.0 & ((1 << SPOT_BITS) - 1)))
     }
 
     #[inline]
     fn may_be_of(self, fingerprint: u64) -> bool {
-        self.0 & Self::TAG == Self::tag(fingerprint)
+        self.0 >> SPOT_BITS == Self::tag(fingerprint)
     }
 }
 
-/// Segments are quarters of powers of two; the first four have so many slots together.
-const FIRST: usize = 16;
-const SEGMENTS: usize = 4 * 20 + 1;
+/// Heads of chains lie in powers of two.
+const FIRST_HEADS: u32 = 16;
+const HEAD_SEGMENTS: usize = 24 - FIRST_HEADS.ilog2() as usize + 1;
 
-/// In which segment a slot or a chain lies, and where there.
+/// In which segment a chain's head lies, and where there.
 #[inline]
-fn place(number: u32) -> (usize, usize) {
-    let from_zero = number as usize + FIRST;
+fn head_place(chain: u32) -> (usize, usize) {
+    let from_zero = chain + FIRST_HEADS;
     let power = from_zero.ilog2();
-    let quarter = power - 2;
-    let segment = 4 * (power as usize - FIRST.ilog2() as usize) + (from_zero >> quarter) - 4;
-    (segment, from_zero & ((1 << quarter) - 1))
-}
-
-/// The first slot of a segment.
-fn first_of(segment: usize) -> usize {
-    ((4 + segment % 4) << (segment / 4 + FIRST.ilog2() as usize - 2)) - FIRST
+    (
+        (power - FIRST_HEADS.ilog2()) as usize,
+        (from_zero & !(1 << power)) as usize,
+    )
 }
 
 /// The chain of a fingerprint, of so many.
@@ -215,6 +243,7 @@ impl Table {
             shape,
             max_keys: u32::try_from(max_keys).unwrap_or(u32::MAX),
             segments: [const { OnceLock::new() }; SEGMENTS],
+            heads: [const { OnceLock::new() }; HEAD_SEGMENTS],
             chains: Apart::default(),
             books: Apart::default(),
         }
@@ -225,40 +254,45 @@ impl Table {
     }
 
     #[inline]
-    fn slot(&self, number: u32) -> Option<&Slot> {
-        let (segment, at) = place(number);
-        self.segments.get(segment)?.get()?.slots.get(at)
+    fn segment(&self, slot: Spot) -> Option<&Segment> {
+        self.segments.get(slot.segment())?.get()
     }
 
     #[inline]
-    fn links(&self, number: u32) -> Option<&Links> {
-        let (segment, at) = place(number);
-        self.segments.get(segment)?.get()?.links.get(at)
+    fn head(&self, chain: u32) -> Option<&AtomicU32> {
+        let (segment, at) = head_place(chain);
+        self.heads.get(segment)?.get()?.get(at)
     }
 
-    /// A slot or a chain that has been made.
-    fn made_slot(&self, number: u32) -> &Slot {
-        self.slot(number).expect("its segment was made before it")
+    fn made_slot(&self, slot: Spot) -> &Slot {
+        let segment = self.segment(slot).expect(MADE);
+        &segment.slots[slot.offset()]
     }
 
-    fn made_links(&self, number: u32) -> &Links {
-        self.links(number).expect("its segment was made before it")
+    fn next_of(&self, slot: Spot) -> &AtomicU32 {
+        let segment = self.segment(slot).expect(MADE);
+        &segment.next[slot.offset()]
+    }
+
+    fn made_head(&self, chain: u32) -> &AtomicU32 {
+        self.head(chain).expect(MADE)
     }
 
     /// The slot of a key, no further than so many links away. Without the books it may be missed.
     #[inline]
     fn find(&self, fingerprint: u64, walk: usize) -> Option<&Slot> {
         let chains = self.chains.0.load(Ordering::Acquire);
-        let mut link = Link(self.links(chain_of(fingerprint, chains))?.head.load(Ordering::Acquire));
+        let mut link = Link(self.head(chain_of(fingerprint, chains))?.load(Ordering::Acquire));
         for _ in 0..walk {
-            let number = link.slot()?;
+            let spot = link.slot()?;
+            let segment = self.segment(spot)?;
             if link.may_be_of(fingerprint) {
-                let slot = self.slot(number)?;
+                let slot = segment.slots.get(spot.offset())?;
                 if slot.owner.load(Ordering::Acquire) == fingerprint {
                     return Some(slot);
                 }
             }
-            link = Link(self.links(number)?.next.load(Ordering::Acquire));
+            link = Link(segment.next.get(spot.offset())?.load(Ordering::Acquire));
         }
         None
     }
@@ -372,8 +406,8 @@ impl Table {
         if let Some(slot) = self.find(fingerprint, usize::MAX) {
             return Some(self.step(slot, step));
         }
-        let number = self.vacancy(&mut books, now)?;
-        let slot = self.made_slot(number);
+        let spot = self.vacancy(&mut books, now)?;
+        let slot = self.made_slot(spot);
         let life = Slot::life(slot.tally.load(Ordering::Relaxed).wrapping_add(1 << 32));
         let full = Level::full(self.shape.line());
         slot.tally.store(life << 32, Ordering::Release);
@@ -386,19 +420,17 @@ impl Table {
             .store(gone.wrapping_add(Self::offset(life)), Ordering::Release);
         let (done, idle_from) = self.step(slot, |view| (step(view), view.full_again(now)));
         slot.owner.store(fingerprint, Ordering::Release);
-        let links = self.made_links(number);
-        let head = &self
-            .made_links(chain_of(fingerprint, self.chains.0.load(Ordering::Relaxed)))
-            .head;
-        links.next.store(head.load(Ordering::Relaxed), Ordering::Release);
-        head.store(Link::new(number, fingerprint).0, Ordering::Release);
+        let head = self.made_head(chain_of(fingerprint, self.chains.0.load(Ordering::Relaxed)));
+        self.next_of(spot)
+            .store(head.load(Ordering::Relaxed), Ordering::Release);
+        head.store(Link::new(spot, fingerprint).0, Ordering::Release);
         books.vacant = None;
-        books.idle_from.push(Reverse(Due::new(idle_from, number)));
+        books.idle_from.push(Reverse(Due::new(idle_from, spot)));
         Some(done)
     }
 
     /// A slot that is nobody's.
-    fn vacancy(&self, books: &mut Books, now: Timestamp) -> Option<u32> {
+    fn vacancy(&self, books: &mut Books, now: Timestamp) -> Option<Spot> {
         if books.vacant.is_none() {
             if books.made < self.max_keys {
                 self.make(books);
@@ -412,27 +444,29 @@ impl Table {
     /// Makes a slot, and a chain with it.
     fn make(&self, books: &mut Books) {
         let number = books.made;
-        let (segment, _) = place(number);
+        let slot = Spot::of(number);
+        let segment = slot.segment();
         self.segments[segment].get_or_init(|| {
             let end = first_of(segment + 1).min(self.max_keys as usize);
             books.idle_from.reserve_exact(end - books.idle_from.len());
             Segment::new(end - first_of(segment))
         });
+        let (heads, _) = head_place(number);
+        self.heads[heads].get_or_init(|| links((FIRST_HEADS as usize) << heads));
         self.split(number);
         books.made += 1;
-        books.vacant = Some(number);
+        books.vacant = Some(slot);
     }
 
     /// Makes the chain with this number, the next, out of one that was there.
     fn split(&self, chain: u32) {
-        let head = &self.made_links(chain).head;
-        let parent = self.made_links(chain_of(chain.into(), chain));
-        let mut cell = &parent.head;
+        let head = self.made_head(chain);
+        let mut cell = self.made_head(chain_of(chain.into(), chain));
         while let link = Link(cell.load(Ordering::Relaxed))
-            && let Some(number) = link.slot()
+            && let Some(slot) = link.slot()
         {
-            let next = &self.made_links(number).next;
-            let owner = self.made_slot(number).owner.load(Ordering::Relaxed);
+            let next = self.next_of(slot);
+            let owner = self.made_slot(slot).owner.load(Ordering::Relaxed);
             if chain_of(owner, chain + 1) == chain {
                 cell.store(next.load(Ordering::Relaxed), Ordering::Release);
                 next.store(head.load(Ordering::Relaxed), Ordering::Release);
@@ -445,12 +479,11 @@ impl Table {
     }
 
     /// Takes a slot out of its chain. Its own link stays: who stands there walks on.
-    fn unlink(&self, slot: u32, fingerprint: u64) {
-        let chain = chain_of(fingerprint, self.chains.0.load(Ordering::Relaxed));
-        let mut cell = &self.made_links(chain).head;
-        while let Some(number) = Link(cell.load(Ordering::Relaxed)).slot() {
-            let next = &self.made_links(number).next;
-            if number == slot {
+    fn unlink(&self, gone: Spot, fingerprint: u64) {
+        let mut cell = self.made_head(chain_of(fingerprint, self.chains.0.load(Ordering::Relaxed)));
+        while let Some(slot) = Link(cell.load(Ordering::Relaxed)).slot() {
+            let next = self.next_of(slot);
+            if slot == gone {
                 cell.store(next.load(Ordering::Relaxed), Ordering::Release);
                 return;
             }
@@ -467,16 +500,16 @@ impl Table {
             if next.0.at() > now {
                 return;
             }
-            let number = next.0.slot();
-            let slot = self.made_slot(number);
+            let spot = next.0.slot();
+            let slot = self.made_slot(spot);
             let fingerprint = slot.owner.load(Ordering::Relaxed);
             if let Err(full) = self.end_life(slot, now) {
-                *next = Reverse(Due::new(full, number));
+                *next = Reverse(Due::new(full, spot));
                 continue;
             }
             PeekMut::pop(next);
-            self.unlink(number, fingerprint);
-            books.vacant = Some(number);
+            self.unlink(spot, fingerprint);
+            books.vacant = Some(spot);
             books.evicted += 1;
             return;
         }
@@ -570,13 +603,13 @@ impl Segment {
             level: Level::new(0, 0),
             tally: AtomicU64::new(0),
         };
-        let links = || Links {
-            head: AtomicU32::new(0),
-            next: AtomicU32::new(0),
-        };
         Self {
             slots: std::iter::repeat_with(slot).take(size).collect(),
-            links: std::iter::repeat_with(links).take(size).collect(),
+            next: links(size),
         }
     }
+}
+
+fn links(count: usize) -> Box<[AtomicU32]> {
+    std::iter::repeat_with(|| AtomicU32::new(0)).take(count).collect()
 }
