@@ -85,9 +85,9 @@ pub(super) struct Table {
     shape: TokenBucketShape,
     max_keys: u32,
     segments: [OnceLock<Segment>; SEGMENTS],
-    /// Links to the first slot of each chain.
-    heads: [OnceLock<Box<[AtomicU32]>>; HEAD_SEGMENTS],
-    /// How many chains there are: as many as slots.
+    /// Links to the first slot of each chain. A chain that is split moves to the array of the next power of two with both halves.
+    heads: [OnceLock<Box<[AtomicU32]>>; ARRAYS],
+    /// How many chains there are: as many as slots, and no fewer than the fewest.
     chains: Apart<AtomicU32>,
     books: Apart<Mutex<Books>>,
 }
@@ -139,16 +139,17 @@ impl Due {
     }
 }
 
-/// Where a slot lies: the number of its segment plus one in eight bits, and which of the segment's it is in twenty.
+/// Where a slot lies: the number of its segment, from one on, in the upper eight bits, and which of the segment's it is in the
+/// lower twenty.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Spot(u32);
 
-const OFFSET_BITS: u32 = 20;
-const SPOT_BITS: u32 = 28;
+const SEGMENT_SHIFT: u32 = 24;
+const OFFSET: u32 = (1 << 20) - 1;
 
 /// Segments are eighths of powers of two: the first eight have as many slots together as come before the ninth.
 const FIRST: u32 = 32;
-const SEGMENTS: usize = 8 * (24 - FIRST.ilog2() as usize) + 1;
+const SEGMENTS: usize = 8 * (24 - FIRST.ilog2() as usize) + 2;
 
 impl Spot {
     /// Of the slot with this number.
@@ -157,71 +158,90 @@ impl Spot {
         let power = from_zero.ilog2();
         let eighth = power - 3;
         let segment = 8 * (power - FIRST.ilog2()) + (from_zero >> eighth) - 8;
-        Self((segment + 1) << OFFSET_BITS | from_zero & ((1 << eighth) - 1))
+        Self((segment + 1) << SEGMENT_SHIFT | from_zero & ((1 << eighth) - 1))
     }
 
+    /// Its segment, from one on.
     #[inline]
     fn segment(self) -> usize {
-        (self.0 >> OFFSET_BITS) as usize - 1
+        (self.0 >> SEGMENT_SHIFT) as usize
     }
 
     #[inline]
     fn offset(self) -> usize {
-        (self.0 & ((1 << OFFSET_BITS) - 1)) as usize
+        (self.0 & OFFSET) as usize
     }
 }
 
-/// The number of the first slot of a segment.
+/// The number of the first slot of a segment, counted from zero.
 fn first_of(segment: usize) -> usize {
     ((8 + segment % 8) << (segment / 8 + FIRST.ilog2() as usize - 3)) - FIRST as usize
 }
 
-/// A spot, and above it four bits of the fingerprint of who is there; or zero, the end of a chain.
+/// A spot, and between its halves four bits of the fingerprint of who is there; or zero, the end of a chain.
 #[derive(Clone, Copy)]
 struct Link(u32);
 
 impl Link {
+    const TAG: u32 = 0xF << 20;
+
     fn new(slot: Spot, fingerprint: u64) -> Self {
-        Self(Self::tag(fingerprint) << SPOT_BITS | slot.0)
+        Self(Self::tag(fingerprint) | slot.0)
     }
 
     #[inline]
     fn tag(fingerprint: u64) -> u32 {
-        (fingerprint >> 60) as u32
+        (fingerprint >> 32) as u32 & Self::TAG
     }
 
     #[inline]
     fn slot(self) -> Option<Spot> {
-        (self.0 != 0).then_some(Spot(self.0 & ((1 << SPOT_BITS) - 1)))
+        (self.0 != 0).then_some(Spot(self.0 & !Self::TAG))
     }
 
     #[inline]
     fn may_be_of(self, fingerprint: u64) -> bool {
-        self.0 >> SPOT_BITS == Self::tag(fingerprint)
+        (self.0 ^ Self::tag(fingerprint)) & Self::TAG == 0
     }
 }
 
-/// Heads of chains lie in powers of two.
-const FIRST_HEADS: u32 = 16;
-const HEAD_SEGMENTS: usize = 24 - FIRST_HEADS.ilog2() as usize + 1;
+/// How many chains there are at least. So many, and every power of two above, have an array of heads.
+const FEWEST_CHAINS: u32 = 16;
+const ARRAYS: usize = 24 - FEWEST_CHAINS.ilog2() as usize + 1;
 
-/// In which segment a chain's head lies, and where there.
+/// The array of a power of two.
 #[inline]
-fn head_place(chain: u32) -> (usize, usize) {
-    let from_zero = chain + FIRST_HEADS;
-    let power = from_zero.ilog2();
-    (
-        (power - FIRST_HEADS.ilog2()) as usize,
-        (from_zero & !(1 << power)) as usize,
-    )
+fn array_of(chains: u32) -> usize {
+    chains.ilog2().wrapping_sub(FEWEST_CHAINS.ilog2()) as usize
 }
 
-/// The chain of a fingerprint, of so many.
-#[inline]
-fn chain_of(fingerprint: u64, chains: u32) -> u32 {
-    let mask = chains.next_power_of_two() - 1;
-    let chain = (fingerprint & 0xFFFF_FFFF) as u32 & mask;
-    if chain < chains { chain } else { chain & mask >> 1 }
+/// Of so many chains, those that a fingerprint is told to by one bit more than the others: the number of chains that there are
+/// being split into, and which of the chains before have been.
+struct Chains {
+    all: u32,
+    split: u32,
+}
+
+impl Chains {
+    #[inline]
+    fn of(count: u32) -> Self {
+        let all = count.next_power_of_two();
+        Self {
+            all,
+            split: count - all / 2,
+        }
+    }
+
+    /// Of which array the chain of a fingerprint is, and where its head is there.
+    #[inline]
+    fn chain_of(&self, fingerprint: u64) -> (u32, u32) {
+        let low = (fingerprint & 0xFFFF_FFFF) as u32;
+        if low & (self.all / 2 - 1) < self.split {
+            (self.all, low & (self.all - 1))
+        } else {
+            (self.all / 2, low & (self.all / 2 - 1))
+        }
+    }
 }
 
 impl Slot {
@@ -243,8 +263,8 @@ impl Table {
             shape,
             max_keys: u32::try_from(max_keys).unwrap_or(u32::MAX),
             segments: [const { OnceLock::new() }; SEGMENTS],
-            heads: [const { OnceLock::new() }; HEAD_SEGMENTS],
-            chains: Apart::default(),
+            heads: [const { OnceLock::new() }; ARRAYS],
+            chains: Apart(AtomicU32::new(FEWEST_CHAINS)),
             books: Apart::default(),
         }
     }
@@ -258,10 +278,20 @@ impl Table {
         self.segments.get(slot.segment())?.get()
     }
 
+    /// The heads of so many chains.
     #[inline]
-    fn head(&self, chain: u32) -> Option<&AtomicU32> {
-        let (segment, at) = head_place(chain);
-        self.heads.get(segment)?.get()?.get(at)
+    fn heads(&self, chains: u32) -> Option<&[AtomicU32]> {
+        self.heads.get(array_of(chains))?.get().map(|heads| &**heads)
+    }
+
+    #[inline]
+    fn head(&self, fingerprint: u64) -> Option<&AtomicU32> {
+        let chains = Chains::of(self.chains.0.load(Ordering::Acquire));
+        // Both first, so that nobody waits for them who knows which it is.
+        let (all, half) = (self.heads(chains.all), self.heads(chains.all / 2));
+        let (of, at) = chains.chain_of(fingerprint);
+        let heads = if of == chains.all { all } else { half };
+        heads?.get(at as usize)
     }
 
     fn made_slot(&self, slot: Spot) -> &Slot {
@@ -274,15 +304,14 @@ impl Table {
         &segment.next[slot.offset()]
     }
 
-    fn made_head(&self, chain: u32) -> &AtomicU32 {
-        self.head(chain).expect(MADE)
+    fn made_head(&self, fingerprint: u64) -> &AtomicU32 {
+        self.head(fingerprint).expect(MADE)
     }
 
     /// The slot of a key, no further than so many links away. Without the books it may be missed.
     #[inline]
     fn find(&self, fingerprint: u64, walk: usize) -> Option<&Slot> {
-        let chains = self.chains.0.load(Ordering::Acquire);
-        let mut link = Link(self.head(chain_of(fingerprint, chains))?.load(Ordering::Acquire));
+        let mut link = Link(self.head(fingerprint)?.load(Ordering::Acquire));
         for _ in 0..walk {
             let spot = link.slot()?;
             let segment = self.segment(spot)?;
@@ -420,7 +449,7 @@ impl Table {
             .store(gone.wrapping_add(Self::offset(life)), Ordering::Release);
         let (done, idle_from) = self.step(slot, |view| (step(view), view.full_again(now)));
         slot.owner.store(fingerprint, Ordering::Release);
-        let head = self.made_head(chain_of(fingerprint, self.chains.0.load(Ordering::Relaxed)));
+        let head = self.made_head(fingerprint);
         self.next_of(spot)
             .store(head.load(Ordering::Relaxed), Ordering::Release);
         head.store(Link::new(spot, fingerprint).0, Ordering::Release);
@@ -447,40 +476,41 @@ impl Table {
         let slot = Spot::of(number);
         let segment = slot.segment();
         self.segments[segment].get_or_init(|| {
-            let end = first_of(segment + 1).min(self.max_keys as usize);
+            let end = first_of(segment).min(self.max_keys as usize);
             books.idle_from.reserve_exact(end - books.idle_from.len());
-            Segment::new(end - first_of(segment))
+            Segment::new(end - first_of(segment - 1))
         });
-        let (heads, _) = head_place(number);
-        self.heads[heads].get_or_init(|| links((FIRST_HEADS as usize) << heads));
-        self.split(number);
         books.made += 1;
+        let chains = books.made.max(FEWEST_CHAINS).next_power_of_two();
+        self.heads[array_of(chains)].get_or_init(|| links(chains as usize));
+        if books.made > FEWEST_CHAINS {
+            self.split(books.made);
+        }
         books.vacant = Some(slot);
     }
 
-    /// Makes the chain with this number, the next, out of one that was there.
-    fn split(&self, chain: u32) {
-        let head = self.made_head(chain);
-        let mut cell = self.made_head(chain_of(chain.into(), chain));
-        while let link = Link(cell.load(Ordering::Relaxed))
-            && let Some(slot) = link.slot()
-        {
-            let next = self.next_of(slot);
+    /// Splits the next chain, so that there are so many.
+    fn split(&self, chains: u32) {
+        let half = chains.next_power_of_two() / 2;
+        let (low, high) = (chains - 1 - half, chains - 1);
+        let from = &self.heads(half).expect(MADE)[low as usize];
+        let into = self.heads(2 * half).expect(MADE);
+        let mut link = Link(from.swap(0, Ordering::AcqRel));
+        while let Some(slot) = link.slot() {
             let owner = self.made_slot(slot).owner.load(Ordering::Relaxed);
-            if chain_of(owner, chain + 1) == chain {
-                cell.store(next.load(Ordering::Relaxed), Ordering::Release);
-                next.store(head.load(Ordering::Relaxed), Ordering::Release);
-                head.store(link.0, Ordering::Release);
-            } else {
-                cell = next;
-            }
+            let next = self.next_of(slot);
+            let head = if owner & u64::from(half) == 0 { low } else { high };
+            let head = &into[head as usize];
+            let rest = next.swap(head.load(Ordering::Relaxed), Ordering::AcqRel);
+            head.store(link.0, Ordering::Release);
+            link = Link(rest);
         }
-        self.chains.0.store(chain + 1, Ordering::Release);
+        self.chains.0.store(chains, Ordering::Release);
     }
 
     /// Takes a slot out of its chain. Its own link stays: who stands there walks on.
     fn unlink(&self, gone: Spot, fingerprint: u64) {
-        let mut cell = self.made_head(chain_of(fingerprint, self.chains.0.load(Ordering::Relaxed)));
+        let mut cell = self.made_head(fingerprint);
         while let Some(slot) = Link(cell.load(Ordering::Relaxed)).slot() {
             let next = self.next_of(slot);
             if slot == gone {
