@@ -1,6 +1,6 @@
 //! Fingerprints in place of keys, that nobody can foresee or trace back.
 //!
-//! By SipHash-1-3, the function of the standard library's maps, with a random key. Written out here because callers wait for it: a
+//! By `SipHash-1-3`, the function of the standard library's maps, with a random key. Written out here because callers wait for it: a
 //! number goes into the state as it is, where the standard library takes every number to pieces, and all of it can be inlined
 //! into the one place where a key is found.
 
@@ -8,7 +8,8 @@ use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 
 /// Makes the fingerprints of one set.
 pub(crate) struct Seed {
-    fresh: SipHasher,
+    /// What a hasher begins with.
+    state: [u64; 4],
     keyless: u64,
 }
 
@@ -16,21 +17,41 @@ impl Default for Seed {
     fn default() -> Self {
         let random = RandomState::new();
         let fresh = SipHasher::new(random.hash_one(0), random.hash_one(1));
-        let keyless = fingerprint(&fresh);
-        Self { fresh, keyless }
+        Self {
+            state: fresh.state,
+            keyless: fingerprint(&fresh),
+        }
     }
 }
 
-/// Zero is nobody's: tables may use it as a mark.
 #[inline]
 fn fingerprint(hasher: &SipHasher) -> u64 {
-    hasher.finish().max(1)
+    match hasher.finish() {
+        0 => instead_of_zero(),
+        hash => hash,
+    }
+}
+
+/// Zero is nobody's: tables may use it as a mark. A call, so that nobody else waits for the comparison.
+#[cold]
+fn instead_of_zero() -> u64 {
+    1
 }
 
 impl Seed {
+    /// Its tail and length are known to be empty where it is inlined, and fold away.
+    #[inline]
+    fn hasher(&self) -> SipHasher {
+        SipHasher {
+            state: self.state,
+            tail: 0,
+            length: 0,
+        }
+    }
+
     #[inline]
     pub(crate) fn fingerprint(&self, key: &(impl Hash + ?Sized)) -> u64 {
-        let mut hasher = self.fresh;
+        let mut hasher = self.hasher();
         key.hash(&mut hasher);
         fingerprint(&hasher)
     }
@@ -38,7 +59,7 @@ impl Seed {
     /// The fingerprint of what is written, if it says that there is a key.
     #[inline]
     pub(crate) fn fingerprint_with(&self, write: impl FnOnce(&mut SipHasher) -> bool) -> Option<u64> {
-        let mut hasher = self.fresh;
+        let mut hasher = self.hasher();
         write(&mut hasher).then(|| fingerprint(&hasher))
     }
 
@@ -49,8 +70,7 @@ impl Seed {
     }
 }
 
-/// SipHash with one round for each word and three at the end.
-#[derive(Clone, Copy)]
+/// `SipHash` with one round for each word and three at the end.
 pub(crate) struct SipHasher {
     state: [u64; 4],
     /// What does not make up a word yet, from the lowest byte on.

@@ -64,7 +64,7 @@ const LOOKS: usize = 256;
 /// for O(log keys); in a full set it looks at up to 256 keys that should be idle. If these are all in use, it
 /// meets the overflow, and the next new key looks at others.
 ///
-/// Memory, its place in the tables included: 52 to 65 bytes for each tracked key of a token bucket, whoever comes and goes, and 4 kB
+/// Memory, its place in the tables included: 56 to 70 bytes for each tracked key of a token bucket, whoever comes and goes, and 7 kB
 /// for the set. For the other algorithms 60 to 110 bytes, and up to 220 in a full set whose keys come and go; a sliding window takes
 /// 60 more, and 8 for each request of its quota; an adaptive limiter about 250 more.
 #[derive(Clone)]

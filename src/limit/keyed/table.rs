@@ -6,10 +6,12 @@
 //! # Finding
 //!
 //! The table is a linear hash table: as many chains as slots, and with each slot that is made one chain is split in two.
-//! So it grows by a step with each key, copies nothing, and never stands still. Slots lie in *segments*, each an eighth of a power of
-//! two, heads of chains in segments of powers of two, that are allocated when they are needed. A link tells segment and offset,
-//! so that nobody has to work them out, and four bits of the fingerprint it leads to: who walks a chain touches links, and hardly
-//! ever a slot but the one it looks for.
+//! So it grows by a step with each key, moves no bucket, and never stands still. Slots lie in *segments*, each an eighth of a power
+//! of two, that are allocated when they are needed. A link tells segment and offset, so that nobody has to work them out, and
+//! four bits of the fingerprint it leads to: who walks a chain touches links, and hardly ever a slot but the one it looks for.
+//!
+//! Each power of two has an array with the heads of its chains. While chains are split their heads move from one array to the next,
+//! both of which are known before the fingerprint is. The smaller arrays stay: together they are as large as the last.
 //!
 //! Links are changed under the books, one mutex for the table, and read without. Who walks while a chain is split or a slot
 //! leaves it may be led into another chain, and miss a key that is there. So a hit is trusted and a miss is not: it is
@@ -45,6 +47,11 @@
 //! bucket ([`Bucket`](super::super::bucket::Bucket) says when), and what others got in the way of too often.
 //!
 //! The rejections of a key are counted in one word with the life's number, so that none is counted for the next key.
+//!
+//! # Memory
+//!
+//! For each slot 32 bytes, 4 for its link and 12 among the books, an eighth more at most while the last segment fills; and for the
+//! heads 8 to 16.
 
 use super::super::{
     algorithm::View,
@@ -57,13 +64,17 @@ use std::{
     cmp::Reverse,
     collections::{BinaryHeap, binary_heap::PeekMut},
     sync::{
-        Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
 };
 
 /// How often somebody tries before it takes the books.
-const ATTEMPTS: u32 = 8;
+const ATTEMPTS: u32 = 4;
+
+/// For how many turns of a spin loop somebody stays away who has lost a bucket to another, and twice as many the next time. One or
+/// two microseconds: the winner goes on meanwhile with the line in its cache, which is worth more to both than taking turns.
+const LEAVE_ALONE: u32 = 32;
 
 /// How far a walk goes that may have been led in circles. Chains have one link each on average, and hardly ever ten.
 const LONGEST_WALK: usize = 32;
@@ -84,11 +95,12 @@ struct Apart<T>(T);
 pub(super) struct Table {
     shape: TokenBucketShape,
     max_keys: u32,
-    segments: [OnceLock<Segment>; SEGMENTS],
-    /// Links to the first slot of each chain. A chain that is split moves to the array of the next power of two with both halves.
-    heads: [OnceLock<Box<[AtomicU32]>>; ARRAYS],
-    /// How many chains there are: as many as slots, and no fewer than the fewest.
-    chains: Apart<AtomicU32>,
+    /// None before the first.
+    segments: Box<[OnceLock<Segment>]>,
+    /// Links to the first slot of each chain, by the power of two.
+    heads: [OnceLock<Heads>; POWERS],
+    /// How many chains there are, as [`Chains`]: as many as slots, and no fewer than the fewest.
+    chains: Apart<AtomicU64>,
     books: Apart<Mutex<Books>>,
 }
 
@@ -148,8 +160,7 @@ const SEGMENT_SHIFT: u32 = 24;
 const OFFSET: u32 = (1 << 20) - 1;
 
 /// Segments are eighths of powers of two: the first eight have as many slots together as come before the ninth.
-const FIRST: u32 = 32;
-const SEGMENTS: usize = 8 * (24 - FIRST.ilog2() as usize) + 2;
+const FIRST: u32 = 16;
 
 impl Spot {
     /// Of the slot with this number.
@@ -205,42 +216,39 @@ impl Link {
     }
 }
 
-/// How many chains there are at least. So many, and every power of two above, have an array of heads.
-const FEWEST_CHAINS: u32 = 16;
-const ARRAYS: usize = 24 - FEWEST_CHAINS.ilog2() as usize + 1;
+/// How many chains there are at least.
+const FEWEST_CHAINS: u32 = 64;
+const POWERS: usize = 24 - FEWEST_CHAINS.ilog2() as usize + 1;
 
-/// The array of a power of two.
-#[inline]
-fn array_of(chains: u32) -> usize {
-    chains.ilog2().wrapping_sub(FEWEST_CHAINS.ilog2()) as usize
+/// Heads of chains, while there are more chains than half a power of two and no more than the whole.
+struct Heads {
+    /// Of the chains that have been split.
+    whole: Arc<[AtomicU32]>,
+    /// Of all others: the `whole` of the power before.
+    half: Arc<[AtomicU32]>,
 }
 
-/// Of so many chains, those that a fingerprint is told to by one bit more than the others: the number of chains that there are
-/// being split into, and which of the chains before have been.
-struct Chains {
-    all: u32,
-    split: u32,
-}
+/// How many chains there are: so many of the half have been split, of this power of two, counted from the fewest.
+#[derive(Clone, Copy)]
+struct Chains(u64);
 
 impl Chains {
-    #[inline]
+    const FEWEST: Self = Self(FEWEST_CHAINS as u64 / 2);
+
     fn of(count: u32) -> Self {
-        let all = count.next_power_of_two();
-        Self {
-            all,
-            split: count - all / 2,
-        }
+        let whole = count.next_power_of_two();
+        let power = whole.ilog2() - FEWEST_CHAINS.ilog2();
+        Self(u64::from(power) << 32 | u64::from(count - whole / 2))
     }
 
-    /// Of which array the chain of a fingerprint is, and where its head is there.
     #[inline]
-    fn chain_of(&self, fingerprint: u64) -> (u32, u32) {
-        let low = (fingerprint & 0xFFFF_FFFF) as u32;
-        if low & (self.all / 2 - 1) < self.split {
-            (self.all, low & (self.all - 1))
-        } else {
-            (self.all / 2, low & (self.all / 2 - 1))
-        }
+    fn power(self) -> usize {
+        (self.0 >> 32) as usize
+    }
+
+    #[inline]
+    fn split(self) -> usize {
+        (self.0 & 0xFFFF_FFFF) as usize
     }
 }
 
@@ -259,12 +267,14 @@ struct Seen {
 
 impl Table {
     pub(super) fn new(shape: TokenBucketShape, max_keys: usize) -> Self {
+        let max_keys = u32::try_from(max_keys).unwrap_or(u32::MAX);
+        let segments = Spot::of(max_keys - 1).segment() + 1;
         Self {
             shape,
-            max_keys: u32::try_from(max_keys).unwrap_or(u32::MAX),
-            segments: [const { OnceLock::new() }; SEGMENTS],
-            heads: [const { OnceLock::new() }; ARRAYS],
-            chains: Apart(AtomicU32::new(FEWEST_CHAINS)),
+            max_keys,
+            segments: std::iter::repeat_with(OnceLock::new).take(segments).collect(),
+            heads: [const { OnceLock::new() }; POWERS],
+            chains: Apart(AtomicU64::new(Chains::FEWEST.0)),
             books: Apart::default(),
         }
     }
@@ -278,20 +288,19 @@ impl Table {
         self.segments.get(slot.segment())?.get()
     }
 
-    /// The heads of so many chains.
-    #[inline]
-    fn heads(&self, chains: u32) -> Option<&[AtomicU32]> {
-        self.heads.get(array_of(chains))?.get().map(|heads| &**heads)
-    }
-
     #[inline]
     fn head(&self, fingerprint: u64) -> Option<&AtomicU32> {
-        let chains = Chains::of(self.chains.0.load(Ordering::Acquire));
-        // Both first, so that nobody waits for them who knows which it is.
-        let (all, half) = (self.heads(chains.all), self.heads(chains.all / 2));
-        let (of, at) = chains.chain_of(fingerprint);
-        let heads = if of == chains.all { all } else { half };
-        heads?.get(at as usize)
+        let chains = Chains(self.chains.0.load(Ordering::Acquire));
+        let heads = self.heads.get(chains.power())?.get()?;
+        let low = (fingerprint & 0xFFFF_FFFF) as usize;
+        let (in_whole, in_half) = (low & (heads.whole.len() - 1), low & (heads.half.len() - 1));
+        let is_split = in_half < chains.split();
+        let (heads, at) = if is_split {
+            (&heads.whole, in_whole)
+        } else {
+            (&heads.half, in_half)
+        };
+        heads.get(at)
     }
 
     fn made_slot(&self, slot: Spot) -> &Slot {
@@ -313,15 +322,15 @@ impl Table {
     fn find(&self, fingerprint: u64, walk: usize) -> Option<&Slot> {
         let mut link = Link(self.head(fingerprint)?.load(Ordering::Acquire));
         for _ in 0..walk {
-            let spot = link.slot()?;
-            let segment = self.segment(spot)?;
+            let place = link.slot()?;
+            let segment = self.segment(place)?;
             if link.may_be_of(fingerprint) {
-                let slot = segment.slots.get(spot.offset())?;
+                let slot = segment.slots.get(place.offset())?;
                 if slot.owner.load(Ordering::Acquire) == fingerprint {
                     return Some(slot);
                 }
             }
-            link = Link(segment.next.get(spot.offset())?.load(Ordering::Acquire));
+            link = Link(segment.next.get(place.offset())?.load(Ordering::Acquire));
         }
         None
     }
@@ -378,8 +387,7 @@ impl Table {
             {
                 return true;
             }
-            // Whoever has won is left alone with the line for a while.
-            (0..1 << attempt).for_each(|_| std::hint::spin_loop());
+            (0..LEAVE_ALONE << attempt).for_each(|_| std::hint::spin_loop());
         }
         false
     }
@@ -435,8 +443,8 @@ impl Table {
         if let Some(slot) = self.find(fingerprint, usize::MAX) {
             return Some(self.step(slot, step));
         }
-        let spot = self.vacancy(&mut books, now)?;
-        let slot = self.made_slot(spot);
+        let place = self.vacancy(&mut books, now)?;
+        let slot = self.made_slot(place);
         let life = Slot::life(slot.tally.load(Ordering::Relaxed).wrapping_add(1 << 32));
         let full = Level::full(self.shape.line());
         slot.tally.store(life << 32, Ordering::Release);
@@ -450,11 +458,11 @@ impl Table {
         let (done, idle_from) = self.step(slot, |view| (step(view), view.full_again(now)));
         slot.owner.store(fingerprint, Ordering::Release);
         let head = self.made_head(fingerprint);
-        self.next_of(spot)
+        self.next_of(place)
             .store(head.load(Ordering::Relaxed), Ordering::Release);
-        head.store(Link::new(spot, fingerprint).0, Ordering::Release);
+        head.store(Link::new(place, fingerprint).0, Ordering::Release);
         books.vacant = None;
-        books.idle_from.push(Reverse(Due::new(idle_from, spot)));
+        books.idle_from.push(Reverse(Due::new(idle_from, place)));
         Some(done)
     }
 
@@ -481,31 +489,35 @@ impl Table {
             Segment::new(end - first_of(segment - 1))
         });
         books.made += 1;
-        let chains = books.made.max(FEWEST_CHAINS).next_power_of_two();
-        self.heads[array_of(chains)].get_or_init(|| links(chains as usize));
+        let chains = Chains::of(books.made.max(FEWEST_CHAINS));
+        let before = chains
+            .power()
+            .checked_sub(1)
+            .and_then(|before| self.heads[before].get());
+        let heads = self.heads[chains.power()].get_or_init(|| {
+            let half = before.map_or_else(|| links(FEWEST_CHAINS as usize / 2), |before| before.whole.clone());
+            let whole = links(2 * half.len());
+            Heads { whole, half }
+        });
         if books.made > FEWEST_CHAINS {
-            self.split(books.made);
+            self.split(heads, chains);
         }
         books.vacant = Some(slot);
     }
 
     /// Splits the next chain, so that there are so many.
-    fn split(&self, chains: u32) {
-        let half = chains.next_power_of_two() / 2;
-        let (low, high) = (chains - 1 - half, chains - 1);
-        let from = &self.heads(half).expect(MADE)[low as usize];
-        let into = self.heads(2 * half).expect(MADE);
-        let mut link = Link(from.swap(0, Ordering::AcqRel));
+    fn split(&self, heads: &Heads, chains: Chains) {
+        let (low, half) = (chains.split() - 1, heads.half.len());
+        let mut link = Link(heads.half[low].swap(0, Ordering::AcqRel));
         while let Some(slot) = link.slot() {
             let owner = self.made_slot(slot).owner.load(Ordering::Relaxed);
             let next = self.next_of(slot);
-            let head = if owner & u64::from(half) == 0 { low } else { high };
-            let head = &into[head as usize];
+            let head = &heads.whole[if owner & half as u64 == 0 { low } else { low + half }];
             let rest = next.swap(head.load(Ordering::Relaxed), Ordering::AcqRel);
             head.store(link.0, Ordering::Release);
             link = Link(rest);
         }
-        self.chains.0.store(chains, Ordering::Release);
+        self.chains.0.store(chains.0, Ordering::Release);
     }
 
     /// Takes a slot out of its chain. Its own link stays: who stands there walks on.
@@ -530,16 +542,16 @@ impl Table {
             if next.0.at() > now {
                 return;
             }
-            let spot = next.0.slot();
-            let slot = self.made_slot(spot);
+            let place = next.0.slot();
+            let slot = self.made_slot(place);
             let fingerprint = slot.owner.load(Ordering::Relaxed);
             if let Err(full) = self.end_life(slot, now) {
-                *next = Reverse(Due::new(full, spot));
+                *next = Reverse(Due::new(full, place));
                 continue;
             }
             PeekMut::pop(next);
-            self.unlink(spot, fingerprint);
-            books.vacant = Some(spot);
+            self.unlink(place, fingerprint);
+            books.vacant = Some(place);
             books.evicted += 1;
             return;
         }
@@ -640,6 +652,147 @@ impl Segment {
     }
 }
 
-fn links(count: usize) -> Box<[AtomicU32]> {
+fn links<L: FromIterator<AtomicU32>>(count: usize) -> L {
     std::iter::repeat_with(|| AtomicU32::new(0)).take(count).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limit::TokenBucket;
+    use std::{collections::HashSet, time::Duration};
+
+    const START: Timestamp = Timestamp::from_nanos(1 << 62);
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// A token a second, three at once.
+    fn table(max_keys: usize) -> Table {
+        Table::new(TokenBucket::new(1, SECOND).burst(3).shape(START).unwrap(), max_keys)
+    }
+
+    fn add(table: &Table, fingerprint: u64, now: Timestamp) {
+        let taken = table.with_or_add(fingerprint, now, |view| view.take(1, now).is_ok());
+        assert_eq!(taken, Some(true));
+    }
+
+    /// Numbers that look like hashes.
+    fn fingerprints() -> impl Iterator<Item = u64> {
+        (1..).map(|n: u64| {
+            n.wrapping_mul(0xD6E8_FEB8_6659_FD93)
+                .rotate_left(32)
+                .wrapping_mul(0xD6E8_FEB8_6659_FD93)
+        })
+    }
+
+    #[test]
+    fn segments_follow_one_another_without_a_gap() {
+        let mut next = (1, 0);
+        for number in 0..1 << 16 {
+            let slot = Spot::of(number);
+            assert_eq!((slot.segment(), slot.offset()), next, "{number}");
+            let size = first_of(slot.segment()) - first_of(slot.segment() - 1);
+            next = if next.1 + 1 < size {
+                (next.0, next.1 + 1)
+            } else {
+                (next.0 + 1, 0)
+            };
+        }
+        let last = Spot::of((1 << 24) - 1);
+        assert!(last.segment() < 1 << 8 && last.offset() <= OFFSET as usize);
+        assert_eq!(first_of(last.segment() - 1) + last.offset(), (1 << 24) - 1);
+    }
+
+    #[test]
+    fn every_key_is_found_without_the_books_however_many_there_are() {
+        let table = table(5_000);
+        for (count, fingerprint) in fingerprints().take(5_000).enumerate() {
+            add(&table, fingerprint, START);
+            if count % 97 == 0 || count < 200 {
+                for known in fingerprints().take(count + 1) {
+                    assert!(table.find(known, LONGEST_WALK).is_some(), "{known:x} of {count}");
+                }
+            }
+        }
+        // And when each has made room for another.
+        let later = START.saturating_add(10 * SECOND);
+        for fingerprint in fingerprints().skip(5_000).take(5_000) {
+            add(&table, fingerprint, later);
+        }
+        assert!(
+            fingerprints()
+                .take(5_000)
+                .all(|old| table.find(old, usize::MAX).is_none())
+        );
+        assert!(
+            fingerprints()
+                .skip(5_000)
+                .take(5_000)
+                .all(|new| table.find(new, LONGEST_WALK).is_some())
+        );
+        assert_eq!(table.survey(|_| ()), (5_000, 5_000));
+    }
+
+    #[test]
+    fn what_was_read_of_one_life_is_not_found_in_the_next() {
+        let table = table(1);
+        let mut seen = HashSet::new();
+        for life in 1..1_000 {
+            // Each begins in the very moment in which the one before is full, and for once gives its token back at once.
+            let now = START.saturating_add(Duration::from_secs(life));
+            add(&table, life, now);
+            let slot = table.find(life, LONGEST_WALK).unwrap();
+            let gone = || slot.level.gone().load(Ordering::Relaxed);
+            let one_short = gone();
+            table.with(life, |view| view.correct(1, 0, now));
+            let full = gone();
+            assert!(table.take_one_at_a_glance(life, || now));
+            assert!(seen.insert(full) && seen.insert(one_short), "again in life {life}");
+        }
+        assert_eq!(table.survey(|_| ()), (1, 998));
+    }
+
+    #[test]
+    fn a_taker_that_comes_first_keeps_the_slot_for_its_key() {
+        let table = table(1);
+        add(&table, 1, START);
+        let full = START.saturating_add(SECOND);
+        let slot = table.find(1, LONGEST_WALK).unwrap();
+        let seen = table.see(slot, 1).unwrap();
+        assert!(table.take_one_at_a_glance(1, || full));
+        assert_eq!(table.end_life(slot, full), Err(full.saturating_add(SECOND)));
+        assert!(table.see(slot, 1).is_some(), "it has its owner yet");
+        let stale = slot
+            .level
+            .gone()
+            .compare_exchange(seen.gone, 0, Ordering::AcqRel, Ordering::Relaxed);
+        assert!(stale.is_err());
+        // The other way round nobody takes.
+        let seen = table.see(slot, 1).unwrap();
+        let full = full.saturating_add(SECOND);
+        assert_eq!(table.end_life(slot, full), Ok(()));
+        assert!(!table.take_one_at_a_glance(1, || full));
+        let late = slot
+            .level
+            .gone()
+            .compare_exchange(seen.gone, 0, Ordering::AcqRel, Ordering::Relaxed);
+        assert!(late.is_err());
+    }
+
+    #[test]
+    fn the_rejections_of_a_key_are_not_the_next_ones() {
+        let table = table(1);
+        add(&table, 1, START);
+        for _ in 0..3 {
+            table.add_rejection(1);
+        }
+        table.add_rejection(2);
+        let rejected = |table: &Table| {
+            let mut all = Vec::new();
+            table.survey(|piece| all.extend(piece));
+            all
+        };
+        assert_eq!(rejected(&table), [(3, 1)]);
+        add(&table, 2, START.saturating_add(SECOND));
+        assert_eq!(rejected(&table), []);
+    }
 }
