@@ -2,9 +2,9 @@
 
 use futures_util::FutureExt;
 use portcullis::{
-    Adaptive, Algorithm, CircuitBreaker, Clock, EventKind, GuardLayer, KeyedRateLimiter, KeysStatus, ManualClock,
-    MetricsFormat, Outcome, RateLimitLayer, RateLimiter, Reason, Registry, RegistryError, Rejected, SlidingWindow,
-    TokenBucket, Verdict, policy::Missing,
+    Adaptive, Algorithm, CircuitBreaker, Clock, EventKind, GuardLayer, KeyedPermit, KeyedRateLimiter, KeysStatus,
+    ManualClock, MetricsFormat, Outcome, RateLimitLayer, RateLimiter, Reason, Registry, RegistryError, Rejected,
+    SlidingWindow, TokenBucket, Verdict, policy::Missing,
 };
 use proptest::prelude::*;
 use std::{
@@ -283,6 +283,145 @@ fn threads_that_bring_a_new_key_at_once_share_its_quota() {
         assert_eq!(u64::from(admitted.into_inner()), 3 * ROUNDS, "{name}");
         assert_eq!(keys(&limiter).tracked as u64, ROUNDS, "{name}");
     }
+}
+
+/// Whether a service that never waits answers with `Ok`.
+fn call_now<S: Service<u64>>(service: &mut S, key: u64) -> bool {
+    let ready = std::future::poll_fn(|cx| service.poll_ready(cx)).now_or_never();
+    assert!(ready.is_some_and(|ready| ready.is_ok()));
+    service.call(key).now_or_never().expect("does not wait").is_ok()
+}
+
+/// A xorshift generator: each thread of each round has its own.
+struct Dice(u64);
+
+impl Dice {
+    fn new(seed: u64, thread: u64, round: u64) -> Self {
+        let mixed = seed ^ thread.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ round.wrapping_mul(0xD6E8_FEB8_6659_FD93);
+        Self(mixed | 1)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 16) % n
+    }
+}
+
+/// What threads got of each key, less what they gave back.
+struct Ledger(Vec<AtomicU32>);
+
+impl Ledger {
+    fn take(&self, key: u64, tokens: u32) {
+        self.0[usize::try_from(key).unwrap()].fetch_add(tokens, Ordering::Relaxed);
+    }
+
+    fn close(&self) -> Vec<u32> {
+        self.0.iter().map(|key| key.swap(0, Ordering::Relaxed)).collect()
+    }
+}
+
+#[test]
+fn threads_that_take_evict_and_give_back_at_once_get_exactly_what_there_is() {
+    const SEED: u64 = 0x0DD5_EED5;
+    const THREADS: u64 = 4;
+    const ROUNDS: u64 = 1_500;
+    const PLACES: u64 = 5;
+    const KEYS: u64 = 8;
+    let sizes: [(&str, Algorithm); 2] = [
+        ("one at a time", TokenBucket::new(1, MINUTE).into()),
+        ("three at once", TokenBucket::new(3, MINUTE).into()),
+    ];
+    for (name, algorithm) in sizes {
+        let quota = if name == "one at a time" { 1 } else { 3 };
+        let (limiter, clock) = keyed(algorithm, usize::try_from(PLACES).unwrap());
+        let ledger = Ledger((0..KEYS).map(|_| AtomicU32::new(0)).collect());
+        let meeting = Barrier::new(usize::try_from(THREADS).unwrap());
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let (limiter, clock, ledger, meeting) = (&limiter, &clock, &ledger, &meeting);
+                scope.spawn(move || {
+                    let by_key = limiter.by(|key: &u64| Some(*key));
+                    let echo = service_fn(|_: u64| std::future::ready(Ok::<_, std::io::Error>(())));
+                    let mut service = RateLimitLayer::new(by_key).layer(echo);
+                    for round in 0..ROUNDS {
+                        let mut dice = Dice::new(SEED, thread, round);
+                        if meeting.wait().is_leader() {
+                            // All are whole in the very moment in which the next round begins.
+                            clock.advance(MINUTE * quota);
+                        }
+                        meeting.wait();
+                        for _ in 0..6 {
+                            let key = dice.below(KEYS);
+                            match dice.below(5) {
+                                0 | 1 => ledger.take(key, u32::from(call_now(&mut service, key))),
+                                2 => ledger.take(key, u32::from(limiter.try_acquire(&key).is_ok())),
+                                3 => {
+                                    let _ = limiter.try_acquire(&key).map(KeyedPermit::unused);
+                                }
+                                _ => {
+                                    let settle =
+                                        |permit: KeyedPermit| permit.settle(Verdict::new(Outcome::Success).cost(0));
+                                    let _ = limiter.try_acquire(&key).map(settle);
+                                }
+                            }
+                        }
+                        // Then what is left.
+                        if meeting.wait().is_leader() {
+                            for key in 0..KEYS {
+                                while limiter.try_acquire(&key).is_ok() {
+                                    ledger.take(key, 1);
+                                }
+                            }
+                            let got = ledger.close();
+                            let excess: u32 = got.iter().map(|got| got.saturating_sub(quota)).sum();
+                            let all: u32 = got.iter().sum();
+                            let there = u32::try_from(PLACES + 1).unwrap() * quota;
+                            assert!(excess <= quota, "{name}, seed {SEED:#x}, round {round}: {got:?}");
+                            assert_eq!(all, there, "{name}, seed {SEED:#x}, round {round}: {got:?}");
+                        }
+                    }
+                });
+            }
+        });
+        assert!(keys(&limiter).evicted > ROUNDS, "{name}, seed {SEED:#x}");
+    }
+}
+
+#[test]
+fn threads_that_fill_a_set_while_they_use_it_get_what_each_key_has() {
+    const SEED: u64 = 0x6A0F_F11E;
+    const THREADS: u64 = 3;
+    const KEYS: u64 = 20_000;
+    let (limiter, _) = keyed(TokenBucket::new(3, MINUTE), 20_000);
+    let ledger = Ledger((0..KEYS).map(|_| AtomicU32::new(0)).collect());
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (limiter, ledger) = (&limiter, &ledger);
+            scope.spawn(move || {
+                let mut dice = Dice::new(SEED, thread, 0);
+                let by_key = limiter.by(|key: &u64| Some(*key));
+                let echo = service_fn(|_: u64| std::future::ready(Ok::<_, std::io::Error>(())));
+                let mut service = RateLimitLayer::new(by_key).layer(echo);
+                for newest in 0..KEYS {
+                    // Every key twice when its turn has come, and one of those before: the chains are split all the while.
+                    for key in [newest, dice.below(newest + 1), newest] {
+                        ledger.take(key, u32::from(call_now(&mut service, key)));
+                    }
+                }
+            });
+        }
+    });
+    for (key, got) in ledger.close().into_iter().enumerate() {
+        assert_eq!(got, 3, "key {key}, seed {SEED:#x}");
+    }
+    let status = keys(&limiter);
+    assert_eq!(
+        (status.tracked as u64, status.overflow_requests),
+        (KEYS, 0),
+        "seed {SEED:#x}"
+    );
 }
 
 #[test]
