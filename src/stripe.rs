@@ -447,7 +447,7 @@ pub(crate) struct Sitting(&'static Seat);
 impl Drop for Sitting {
     #[inline]
     fn drop(&mut self) {
-        self.end();
+        self.ending().end();
     }
 }
 
@@ -457,32 +457,40 @@ impl Sitting {
         &self.0.hot
     }
 
-    /// Ends the share, which is to be forgotten now.
+    /// Counts one as done in a generation; `false`, and nothing has happened, if the thread has no line to itself.
     #[inline]
-    pub(crate) fn end(&self) {
-        self.0.add(ENDED, 1);
-        if self.0.hot.closing.load(Ordering::Acquire) {
-            self.0.clear_if_left();
+    pub(crate) fn count_done(&self, generation: u64) -> bool {
+        let line = self.0.own_line();
+        line.inspect(|line| line.count_done(generation)).is_some()
+    }
+
+    /// The end of this share, apart from it: the share is to be forgotten before it is ended, for to end the last one drops the
+    /// state, and what listeners hold may panic.
+    #[inline]
+    pub(crate) fn ending(&self) -> Ending {
+        Ending(self.0)
+    }
+}
+
+/// The end of a share that was forgotten.
+#[must_use = "a share that is never ended keeps its seat"]
+pub(crate) struct Ending(&'static Seat);
+
+impl Ending {
+    #[inline]
+    pub(crate) fn end(self) {
+        let Self(seat) = self;
+        seat.add(ENDED, 1);
+        if seat.hot.closing.load(Ordering::Acquire) {
+            seat.clear_if_left();
         }
     }
 
-    /// Counts one as done in a generation, adds one to a counter and ends the share, which is to be forgotten now; `false`, and
-    /// nothing has happened, if the thread has no line to itself.
-    #[inline]
-    pub(crate) fn count_done_and_end(&self, counter: usize, generation: u64) -> bool {
-        let Some(line) = self.0.own_line() else {
-            return false;
-        };
-        line.count_done(generation);
-        self.count_and_end(counter);
-        true
-    }
-
-    /// Adds one to a counter and ends the share, which is to be forgotten now.
+    /// Adds one to a counter and ends the share.
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
-    pub(crate) fn count_and_end(&self, counter: usize) {
-        let seat = self.0;
+    pub(crate) fn count_and_end(self, counter: usize) {
+        let Self(seat) = self;
         if let Some(line) = seat.own_line() {
             line.add_as_owner(counter, 1);
             line.add_as_owner(ENDED, 1);

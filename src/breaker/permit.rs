@@ -6,7 +6,7 @@ use super::{
 use crate::{
     clock::{Clock, Reading, Timestamp},
     permit::{Outcome, Permit, Verdict},
-    stripe::{Share, Striped},
+    stripe::{Ending, Share, Striped},
 };
 use std::{fmt, sync::atomic::Ordering};
 
@@ -92,9 +92,9 @@ impl CircuitBreakerPermit {
         self.end_as(end, &Reading::new());
     }
 
-    /// Counts a quick success where that is enough, and ends the share.
+    /// Counts a quick success as done where that is enough; what is left to do is the end of its share.
     #[inline(never)]
-    fn is_counted(permit: Option<&Self>, now: &Reading) -> bool {
+    fn count(permit: Option<&Self>, now: &Reading) -> Option<Ending> {
         let Some(Self {
             share: Some(Share::Sitting(seat)),
             word: admitted,
@@ -102,22 +102,22 @@ impl CircuitBreakerPermit {
             started: None,
         }) = permit
         else {
-            return false;
+            return None;
         };
         let (hot, generation) = (seat.hot(), word::generation(*admitted));
         let word = hot.word().load(Ordering::Acquire);
         let counted = word & (word::MODE | word::COUNTED) == word::CLOSED | word::COUNTED;
         if !counted || word::generation(word) != generation {
-            return false;
+            return None;
         }
         if word & word::WITHIN != 0 {
             let now = now.at(&Clock::of_kind(word::clock(word))).nanos();
             let (since, until) = (hot.since().load(Ordering::Acquire), hot.until().load(Ordering::Acquire));
             if !(since..until).contains(&now) || hot.word().load(Ordering::Acquire) != word {
-                return false;
+                return None;
             }
         }
-        seat.count_done_and_end(counter::SUCCESS, generation)
+        seat.count_done(generation).then(|| seat.ending())
     }
 
     #[cold]
@@ -202,11 +202,14 @@ impl Permit for CircuitBreakerPermit {
             && *admitted & (word::MODE | word::CLEAN | word::TIMED) == word::CLOSED | word::CLEAN
             && seat.hot().word().load(Ordering::Acquire) == *admitted
         {
-            seat.count_and_end(counter::SUCCESS);
-            // The share has ended already.
+            let ending = seat.ending();
             std::mem::forget(permit.take());
-        } else if verdict.outcome == Outcome::Success && Self::is_counted(permit.as_ref(), now) {
+            ending.count_and_end(counter::SUCCESS);
+        } else if verdict.outcome == Outcome::Success
+            && let Some(ending) = Self::count(permit.as_ref(), now)
+        {
             std::mem::forget(permit.take());
+            ending.count_and_end(counter::SUCCESS);
         } else {
             Self::end(permit, End::Verdict(verdict), now);
         }

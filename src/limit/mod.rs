@@ -697,9 +697,9 @@ impl Permit for RateLimitPermit {
             && verdict.cost.is_none()
             && verdict.metered.is_none()
         {
-            seat.end();
-            // The share has ended already.
+            let ending = seat.ending();
             std::mem::forget(permit.take());
+            ending.end();
         } else if let Some(permit) = permit.take() {
             Permit::settle(permit, verdict, now);
         }

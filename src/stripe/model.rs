@@ -69,8 +69,9 @@ fn end(share: Share<Watched>, watch: &Watch) {
     watch.shares.fetch_sub(1, Ordering::SeqCst);
     match &share {
         Share::Sitting(sitting) => {
-            sitting.count_and_end(1);
+            let ending = sitting.ending();
             std::mem::forget(share);
+            ending.count_and_end(1);
         }
         Share::Standing(_) => share.add(1, 1),
     }
