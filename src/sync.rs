@@ -48,7 +48,52 @@ mod parts {
 
 #[cfg(all(test, portcullis_loom))]
 mod parts {
-    pub(crate) use loom::sync::{Arc, Mutex, MutexGuard, atomic};
+    pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
+
+    /// loom's atomics, with a step more for each load.
+    ///
+    /// loom 0.7 looks for another order only where a step depends on the very last one on the same atomic. A thread that loads and
+    /// then stores (or exchanges) hides with its own load the load that another thread made before, and loom never tries the
+    /// store before that. So a load here first touches a twin, in a way that depends on all others and orders nothing.
+    pub(crate) mod atomic {
+        pub(crate) use loom::sync::atomic::{Ordering, fence};
+
+        macro_rules! with_a_twin {
+            ($name:ident, $type:ty) => {
+                #[derive(Debug, Default)]
+                pub(crate) struct $name {
+                    real: loom::sync::atomic::$name,
+                    twin: loom::sync::atomic::AtomicBool,
+                }
+
+                impl $name {
+                    #[allow(dead_code, reason = "not every type is made by hand")]
+                    pub(crate) fn new(value: $type) -> Self {
+                        Self {
+                            real: loom::sync::atomic::$name::new(value),
+                            ..Self::default()
+                        }
+                    }
+
+                    pub(crate) fn load(&self, order: Ordering) -> $type {
+                        self.twin.fetch_or(false, Ordering::Relaxed);
+                        self.real.load(order)
+                    }
+                }
+
+                impl std::ops::Deref for $name {
+                    type Target = loom::sync::atomic::$name;
+                    fn deref(&self) -> &Self::Target {
+                        &self.real
+                    }
+                }
+            };
+        }
+
+        with_a_twin!(AtomicBool, bool);
+        with_a_twin!(AtomicU64, u64);
+        with_a_twin!(AtomicUsize, usize);
+    }
 
     macro_rules! global {
         (static $name:ident: $type:ty = $value:expr;) => {
