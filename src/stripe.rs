@@ -19,11 +19,21 @@
 //!
 //! Every line counts the shares that were begun there and those that were ended there; a share may end on another thread than
 //! it began on. When the last handle is gone nothing can begin any more, so once the sums are equal nobody refers to the
-//! seat. Whoever drops the last handle looks, and if shares are left marks the seat as *closing*; whoever ends a share looks for
-//! that mark, and then at the sums. The end of a share is a `Release` store and the sums are read with `Acquire`: what was done
+//! seat. Whoever drops the last handle marks the seat as *closing* and looks at the sums; whoever ends a share looks for that mark,
+//! and then at the sums. The end of a share is a `Release` store and the sums are read with `Acquire`: what was done
 //! with a share happened before the seat is cleared. A share that ends in the very moment in which the last handle goes may
 //! miss the mark while the other misses its end (neither pays for a fence); then the seat is cleared with the next one that is
 //! taken or left.
+//!
+//! # What pairs with what
+//!
+//! - A count: only the owner of a line stores there, by a load and a store, or many by an addition; both with Release, sums
+//!   are read with Acquire. So who sees the end of a share sees the counts of it, and clears them too.
+//! - The mark: stored by who drops the last handle, who has seen (by the handle's `Arc`) that every share was begun; loaded with
+//!   Acquire. So who sees the mark misses no beginning.
+//! - Clearing is done under the lock of the seat, where the mark is looked at again. Of two who end the last shares at once, the
+//!   later one to lock sees the end of both. What is cleared is handed to the next state by the lock of the taken seats, and to
+//!   its threads as the state is.
 
 use crate::sync::{
     self, Mutex, MutexGuard, array,

@@ -17,9 +17,11 @@
 //! bits 10..64  generation
 //! ```
 //!
-//! Writers store `BUSY`, then `until` and `since`, then the new word, each with Release; readers load the word, those two and the
-//! word again, each with Acquire. A reader that saw a newer one therefore sees at least `BUSY` in its second look, and asks the
-//! machine.
+//! Only [`Core::publish`] writes the word, `until` and `since`, and its caller holds the machine. It stores `BUSY`, then those two with
+//! Release, which takes `BUSY` along, then the new word with Release, which takes them and `slow` along. Readers load the word,
+//! those two and the word again, each with Acquire: one that saw a newer `until` or `since` sees at least `BUSY` in its second look,
+//! and asks the machine; one that saw the newer word sees what belongs to it. A word may come again within its generation; what was
+//! seen then belongs to the later one.
 //!
 //! # Why most successes need no lock
 //!

@@ -92,7 +92,8 @@ fn difference(a: u64, b: u64) -> i64 {
 ///
 /// # Ordering
 ///
-/// `gone` is loaded with Acquire and written with Release. A taker touches the bucket, if that is due, before it takes; so
+/// Whatever changes `gone` is one compare-and-swap with what was seen at one look; `touched` only rises. `gone` is loaded with
+/// Acquire and exchanged with `AcqRel`. A taker touches the bucket, if that is due, before it takes; so
 /// whoever sees what it took sees that the bucket is touched, if it looks at `touched` after `gone`. The other way round, who
 /// sees that it was touched might have seen a `gone` from before: two counts that lie too far apart to be compared. So a look
 /// counts only if `gone` is still what it was.

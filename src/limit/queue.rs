@@ -17,7 +17,8 @@ use std::{collections::BTreeMap, sync::PoisonError, task::Waker};
 
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    /// How many wait, so that a caller who finds nobody takes no lock. Written under the lock.
+    /// How many wait, so that a caller who finds nobody takes no lock. Written under the lock, with Release; loads are Acquire, so
+    /// who finds nobody because all were served finds their admissions taken.
     waiting: AtomicUsize,
     waiters: Mutex<Waiters>,
 }
@@ -66,7 +67,8 @@ impl Queue {
     }
 
     /// Announces that somebody is about to wait. Whoever joins an empty queue asks the limiter once more after this: somebody who
-    /// gave something back and then found nobody waiting came before, and what it gave is seen.
+    /// gave something back and then found nobody waiting came before, and what it gave is seen. The two fences pair: this one
+    /// between the count and the limiter's look, the giver's between what it gave and its look at the count.
     pub(super) fn announce(&self, _: &mut Waiters) {
         self.waiting.store(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);

@@ -74,8 +74,9 @@ impl SlidingWindow {
 /// To everybody else its slots are now claimed and not yet written, so they are its own until it writes, with the mark of the
 /// lap before, a stamp that is just old enough.
 ///
-/// The head's compare-and-swap is `AcqRel` and its load `Acquire`, so whoever sees a head sees what its makers saw; a stamp is
-/// stored with Release and loaded with Acquire, though only its own value matters.
+/// The head's compare-and-swap is `AcqRel` and its load `Acquire`, so whoever sees a head sees what its makers saw: no slot that it
+/// passed is older to the reader than the mark says. A stamp is stored with Release and loaded with Acquire, so whoever sees a
+/// stamp sees the head that has passed it, and does not take a slot that is full for the next.
 #[derive(Debug)]
 pub(super) struct SlidingWindowState {
     /// Stamps count nanoseconds from one window before this instant, so that zero is old enough from the start.
