@@ -233,3 +233,37 @@ fn a_sum_never_falls() {
         assert_eq!(handle.home.sum(0), 2);
     });
 }
+
+#[test]
+fn threads_that_have_no_number_share_a_line_and_lose_nothing() {
+    explore("two threads share a line", 3, || {
+        let (handle, watch) = seated();
+        let seat = seat(&handle);
+        // As if others had them all.
+        while NUMBERS.take().is_some() {}
+        let (clone, watched) = (handle.clone(), watch.clone());
+        let counts = spawn(move || end(begin(&clone), &watched));
+        end(begin(&handle), &watch);
+        counts.join().unwrap();
+        assert_eq!((handle.home.sum(0), handle.home.sum(1)), (2, 2));
+        drop(handle);
+        assert_eq!(watch.dropped(), 1, "nothing ended while the last handle went");
+        assert!(is_empty(seat));
+    });
+}
+
+#[test]
+fn what_a_thread_counts_while_it_ends_is_counted_where_nobody_else_stores() {
+    explore("a number is given back, and more is counted", 3, || {
+        let (handle, _) = seated();
+        let clone = handle.clone();
+        let ends = spawn(move || {
+            clone.add(0, 1);
+            end_thread();
+            clone.add(0, 1);
+        });
+        (0..2).for_each(|_| handle.add(0, 1));
+        ends.join().unwrap();
+        assert_eq!(handle.home.sum(0), 4);
+    });
+}
