@@ -130,6 +130,28 @@ mod parts {
         })
     }
 
+    /// What a waker of a model rings. Not loom's: whether a bell was rung is asked when all threads have ended.
+    #[derive(Default)]
+    pub(crate) struct Bell(std::sync::atomic::AtomicBool);
+
+    impl Bell {
+        pub(crate) fn new() -> (std::sync::Arc<Self>, std::task::Waker) {
+            let bell = std::sync::Arc::<Self>::default();
+            (bell.clone(), bell.into())
+        }
+
+        /// Whether it was rung since it was last asked.
+        pub(crate) fn rang(&self) -> bool {
+            self.0.swap(false, atomic::Ordering::SeqCst)
+        }
+    }
+
+    impl std::task::Wake for Bell {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.store(true, atomic::Ordering::SeqCst);
+        }
+    }
+
     /// Runs `model` in every order with at most so many preemptions (switches away from a thread that could go on, at other
     /// points than its end), and says how many that were. Few faults need more than two (Musuvathi and Qadeer, 2007).
     pub(crate) fn explore(name: &str, preemptions: usize, model: impl Fn() + Send + Sync + 'static) {

@@ -744,3 +744,6 @@ impl fmt::Debug for RateLimitPermit {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(all(test, portcullis_loom))]
+mod model;
