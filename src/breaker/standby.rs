@@ -193,3 +193,6 @@ impl CircuitBreaker {
         }
     }
 }
+
+#[cfg(all(test, portcullis_loom))]
+mod model;
