@@ -39,7 +39,7 @@ use std::{sync::PoisonError, time::Duration};
 /// # Ok::<(), portcullis::ConfigError>(())
 /// ```
 ///
-/// O(1) memory. An admission is the one of a token bucket and one more addition; an outcome is one or two additions. A rejection
+/// O(1) memory. An admission is the one of a token bucket and one more addition; an outcome is one addition. A rejection
 /// takes a mutex, to tell when it would end, and so does the first call after the end of a window.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adaptive {
@@ -198,10 +198,10 @@ impl Adaptive {
 
     /// The rate after a window with these outcomes.
     fn next_rate(&self, rate: f64, seen: Seen) -> f64 {
-        if seen.calls < u64::from(self.minimum_calls) {
+        if seen.calls() < u64::from(self.minimum_calls) {
             return rate;
         }
-        let error_rate = seen.failures as f64 / seen.calls as f64;
+        let error_rate = seen.failures as f64 / seen.calls() as f64;
         let moved = if error_rate > self.error_threshold {
             rate * (1.0 - self.adjustment_factor)
         } else if seen.used as f64 >= rate / 2.0 {
@@ -231,7 +231,7 @@ impl Adaptive {
             level: Level::full(&line(self.base_rate)),
             scale: Scale::new(token, self.largest(), &line(self.highest()), false),
             used: AtomicU64::new(0),
-            calls: AtomicU64::new(0),
+            successes: AtomicU64::new(0),
             failures: AtomicU64::new(0),
             course: Mutex::new(course),
             published: Published::default(),
@@ -253,9 +253,15 @@ fn units_per_window(rate: f64, token: u64) -> u64 {
 /// What one window has seen.
 #[derive(Debug, Clone, Copy, Default)]
 struct Seen {
-    calls: u64,
+    successes: u64,
     failures: u64,
     used: u64,
+}
+
+impl Seen {
+    fn calls(&self) -> u64 {
+        self.successes + self.failures
+    }
 }
 
 /// At which rate tokens are made, and until when that is settled.
@@ -281,8 +287,8 @@ pub(super) struct AdaptiveState {
     scale: Scale,
     /// Tokens taken in this window.
     used: AtomicU64,
-    /// Outcomes of this window, and the failures among them.
-    calls: AtomicU64,
+    /// Outcomes of this window. Each is one addition, so that none is split between two windows.
+    successes: AtomicU64,
     failures: AtomicU64,
     course: Mutex<Course>,
     published: Published,
@@ -341,7 +347,7 @@ impl AdaptiveState {
 
     fn seen(&self) -> Seen {
         Seen {
-            calls: self.calls.load(Ordering::Relaxed),
+            successes: self.successes.load(Ordering::Relaxed),
             failures: self.failures.load(Ordering::Relaxed),
             used: self.used.load(Ordering::Relaxed),
         }
@@ -391,7 +397,7 @@ impl AdaptiveState {
         self.published.write(&next);
         // What was seen is done with; what came in meanwhile belongs to the new window.
         for (counter, seen) in [
-            (&self.calls, seen.calls),
+            (&self.successes, seen.successes),
             (&self.failures, seen.failures),
             (&self.used, seen.used),
         ] {
@@ -474,14 +480,12 @@ impl AdaptiveState {
     }
 
     pub(super) fn learn(&self, outcome: Outcome) {
-        match outcome {
+        let counter = match outcome {
             Outcome::Ignored => return,
-            Outcome::Failure => {
-                self.failures.fetch_add(1, Ordering::Relaxed);
-            }
-            Outcome::Success => {}
-        }
-        self.calls.fetch_add(1, Ordering::Relaxed);
+            Outcome::Failure => &self.failures,
+            Outcome::Success => &self.successes,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn peek(&self, cost: u32, now: Timestamp) -> Timestamp {
@@ -505,5 +509,156 @@ impl AdaptiveState {
 
     pub(super) fn whole_tokens(&self, now: Timestamp) -> u32 {
         self.bucket().whole_tokens(&self.line(now), now)
+    }
+}
+
+#[cfg(all(test, portcullis_loom))]
+mod model {
+    use super::*;
+    use crate::sync::{explore, spawn};
+    use std::sync::Arc;
+
+    const WINDOW: u64 = 1_000;
+
+    fn at(nanos: u64) -> Timestamp {
+        Timestamp::from_nanos((1 << 62) + nanos)
+    }
+
+    /// Ten requests in a window, and one outcome moves the rate.
+    fn adaptive() -> Arc<AdaptiveState> {
+        let config = Adaptive::new(10)
+            .burst(1)
+            .window(Duration::from_nanos(WINDOW))
+            .minimum_calls(1);
+        Arc::new(config.build(at(0)).expect("a valid limit"))
+    }
+
+    fn left(state: &AdaptiveState) -> (u64, u64) {
+        let seen = state.seen();
+        (seen.calls(), seen.failures)
+    }
+
+    #[test]
+    fn a_course_is_read_whole() {
+        explore("a course is read while it is written", 3, || {
+            let course = |number: u64| Course {
+                line: Line {
+                    start: at(number),
+                    base: number,
+                    mul: number,
+                    div: 1,
+                },
+                rate: 1.0,
+                window_end: at(number),
+            };
+            let published = Arc::new(Published::default());
+            published.write(&course(1));
+            let other = published.clone();
+            let writes = spawn(move || other.write(&course(2)));
+            if let Some((line, window_end)) = published.read(1) {
+                let whole = |number| line == course(number).line && window_end == at(number);
+                assert!((1..=2).any(whole), "torn: {line:?} {window_end:?}");
+            }
+            writes.join().unwrap();
+            assert!(published.read(1).is_some_and(|(line, _)| line == course(2).line));
+        });
+    }
+
+    #[test]
+    fn a_window_ends_once_and_takes_only_what_it_saw() {
+        explore("two end a window", 3, || {
+            let state = adaptive();
+            state.learn(Outcome::Failure);
+            let other = state.clone();
+            let ends = spawn(move || {
+                let moved = other.roll(at(WINDOW)).is_some();
+                other.learn(Outcome::Failure);
+                moved
+            });
+            let mine = state.roll(at(WINDOW)).is_some();
+            assert!(mine ^ ends.join().unwrap(), "moved twice, or never");
+            assert_eq!(
+                left(&state),
+                (1, 1),
+                "what was learnt after the end is all that is left"
+            );
+            assert!((state.rate(at(WINDOW)) - 8.0).abs() < 1e-9);
+        });
+    }
+
+    #[test]
+    fn an_outcome_belongs_to_one_window_and_whole() {
+        for outcome in [Outcome::Failure, Outcome::Success] {
+            explore("an outcome comes in while a window ends", 3, move || {
+                let state = adaptive();
+                // Enough is used for a success to raise the rate.
+                state.charge(5, at(0));
+                let other = state.clone();
+                let learns = spawn(move || other.learn(outcome));
+                let moved = state.roll(at(WINDOW));
+                learns.join().unwrap();
+                let failures = u64::from(outcome == Outcome::Failure);
+                let expected = if failures > 0 { 8.0 } else { 12.0 };
+                match moved {
+                    Some(moved) => {
+                        assert!((moved.to - expected).abs() < 1e-9);
+                        assert_eq!(left(&state), (0, 0), "counted twice");
+                    }
+                    None => assert_eq!(left(&state), (1, failures), "lost, or split"),
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn every_outcome_of_a_window_is_counted_once() {
+        explore("two learn while a window ends", 2, || {
+            let state = adaptive();
+            let learns = |outcome| {
+                let state = state.clone();
+                spawn(move || state.learn(outcome))
+            };
+            let (one, two) = (learns(Outcome::Failure), learns(Outcome::Success));
+            let moved = state.roll(at(WINDOW));
+            one.join().unwrap();
+            two.join().unwrap();
+            // The one failure lowered the rate, or is left for the next window.
+            let seen = match (moved, left(&state)) {
+                (Some(_), (calls, 0)) => calls <= 1,
+                (None, (calls, 1)) => (1..=2).contains(&calls),
+                _ => false,
+            };
+            assert!(seen, "{moved:?} {:?}", left(&state));
+        });
+    }
+
+    #[test]
+    fn no_token_is_given_twice_while_the_rate_moves() {
+        explore("two take while the rate moves", 2, || {
+            let state = adaptive();
+            state.learn(Outcome::Failure);
+            let other = state.clone();
+            let takes = spawn(move || other.take(1, at(WINDOW)).is_ok());
+            state.roll(at(WINDOW));
+            let mine = state.take(1, at(WINDOW)).is_ok();
+            assert!(mine ^ takes.join().unwrap(), "one token was there");
+            assert_eq!(state.whole_tokens(at(WINDOW)), 0);
+        });
+    }
+
+    #[test]
+    fn what_is_used_while_a_window_ends_is_counted_once() {
+        explore("one uses tokens while a window ends", 3, || {
+            let state = adaptive();
+            state.learn(Outcome::Success);
+            // Half the rate is used.
+            state.charge(5, at(0));
+            let other = state.clone();
+            let uses = spawn(move || other.charge(3, at(0)));
+            let moved = state.roll(at(WINDOW)).expect("the rate rises");
+            uses.join().unwrap();
+            assert!((moved.to - 12.0).abs() < 1e-9);
+            assert!([0, 3].contains(&state.seen().used), "{}", state.seen().used);
+        });
     }
 }
