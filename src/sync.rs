@@ -7,13 +7,13 @@
 //!
 //! What loom does not show: a load that sees a store which comes later in the order of steps, and an exchange that fails for no
 //! reason. An ordering of `SeqCst` on a load or a store it takes for `AcqRel` (its fences are whole), which may raise false alarms
-//! but hides nothing.
+//! but hides nothing; so may a store beside an exchange, since it lets the store come between the two halves of the exchange.
 //!
 //! [loom]: https://docs.rs/loom
 
 #[cfg(not(all(test, portcullis_loom)))]
 mod parts {
-    pub(crate) use std::sync::{Arc, Mutex, MutexGuard, atomic};
+    pub(crate) use std::sync::{Arc, Mutex, MutexGuard, OnceLock, atomic};
 
     /// A static. In a model, which has no other constants either, each run has its own.
     macro_rules! global {
@@ -91,8 +91,38 @@ mod parts {
         }
 
         with_a_twin!(AtomicBool, bool);
+        with_a_twin!(AtomicU32, u32);
         with_a_twin!(AtomicU64, u64);
         with_a_twin!(AtomicUsize, usize);
+    }
+
+    /// What is made once, by one who holds a lock: loom has no such thing.
+    #[derive(Debug)]
+    pub(crate) struct OnceLock<T> {
+        made: atomic::AtomicBool,
+        value: std::sync::OnceLock<T>,
+    }
+
+    impl<T> OnceLock<T> {
+        pub(crate) fn new() -> Self {
+            Self {
+                made: atomic::AtomicBool::new(false),
+                value: std::sync::OnceLock::new(),
+            }
+        }
+
+        pub(crate) fn get(&self) -> Option<&T> {
+            let made = self.made.load(atomic::Ordering::Acquire);
+            made.then(|| self.value.get()).flatten()
+        }
+
+        pub(crate) fn get_or_init(&self, make: impl FnOnce() -> T) -> &T {
+            self.get().unwrap_or_else(|| {
+                let value = self.value.get_or_init(make);
+                self.made.store(true, atomic::Ordering::Release);
+                value
+            })
+        }
     }
 
     macro_rules! global {

@@ -59,14 +59,17 @@ use super::super::{
     token_bucket::TokenBucketShape,
 };
 use super::LOOKS;
-use crate::clock::Timestamp;
+use crate::{
+    clock::Timestamp,
+    sync::{
+        Mutex, MutexGuard, OnceLock, array,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+};
 use std::{
     cmp::Reverse,
     collections::{BinaryHeap, binary_heap::PeekMut},
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError},
 };
 
 /// How often somebody tries before it takes the books.
@@ -216,8 +219,8 @@ impl Link {
     }
 }
 
-/// How many chains there are at least.
-const FEWEST_CHAINS: u32 = 64;
+/// How many chains there are at least: so few in a model that it can split one.
+const FEWEST_CHAINS: u32 = if cfg!(all(test, portcullis_loom)) { 2 } else { 64 };
 const POWERS: usize = 24 - FEWEST_CHAINS.ilog2() as usize + 1;
 
 /// Heads of chains, while there are more chains than half a power of two and no more than the whole.
@@ -273,7 +276,7 @@ impl Table {
             shape,
             max_keys,
             segments: std::iter::repeat_with(OnceLock::new).take(segments).collect(),
-            heads: [const { OnceLock::new() }; POWERS],
+            heads: array![OnceLock::new(); POWERS],
             chains: Apart(AtomicU64::new(Chains::FEWEST.0)),
             books: Apart::default(),
         }
@@ -796,3 +799,6 @@ mod tests {
         assert_eq!(rejected(&table), []);
     }
 }
+
+#[cfg(all(test, portcullis_loom))]
+mod model;
