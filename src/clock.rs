@@ -398,6 +398,12 @@ impl Reading {
         Self::default()
     }
 
+    /// A reading that a request took when `clock` showed this time.
+    #[cfg(all(test, portcullis_loom))]
+    pub(crate) fn of(clock: &Clock, time: Timestamp) -> Self {
+        Self(Cell::new(Some((clock.id(), time))))
+    }
+
     /// The time on `clock`, read now or earlier in this request.
     #[inline]
     pub fn at(&self, clock: &Clock) -> Timestamp {

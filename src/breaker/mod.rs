@@ -790,3 +790,6 @@ impl fmt::Debug for CircuitBreaker {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(all(test, portcullis_loom))]
+mod model;
