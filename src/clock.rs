@@ -128,9 +128,10 @@ impl Clock {
 
     /// The time now.
     #[must_use]
+    #[inline]
     pub fn now(&self) -> Timestamp {
         match &self.0 {
-            Source::System => from_system(tokio::time::Instant::now()),
+            Source::System => system_now(),
             Source::Manual(manual) => manual.now(),
             #[cfg(feature = "fast-clock")]
             Source::Fast(clock) => clock.now(),
@@ -224,6 +225,12 @@ impl From<&ManualClock> for Clock {
     fn from(clock: &ManualClock) -> Self {
         clock.clone().into()
     }
+}
+
+/// A call of its own, so that reading the CPU's counter is short enough to be copied to where it is wanted.
+#[inline(never)]
+fn system_now() -> Timestamp {
+    from_system(tokio::time::Instant::now())
 }
 
 /// All system clocks count from one instant, so that policies built apart share a reading. A runtime paused before that

@@ -129,11 +129,15 @@ impl State {
     }
 
     /// Admits one request, if that takes no more than a look; otherwise nothing has happened, and [`View::take`] tells more.
-    #[inline]
+    #[expect(
+        clippy::inline_always,
+        reason = "every call passes, and a call would pass its answer by memory"
+    )]
+    #[inline(always)]
     pub(super) fn take_one_at_a_glance(&self, now: impl FnOnce() -> Timestamp) -> Option<Admission> {
         match self {
             Self::TokenBucket(state) => state.take_one_at_a_glance(now()).then_some(Admission::Tokens),
-            Self::SlidingWindow(state) => state.take_one_at_a_glance(now()).map(Admission::Window),
+            Self::SlidingWindow(state) => window_at_a_glance(state, now()),
             Self::Adaptive(_) => None,
         }
     }
@@ -145,6 +149,12 @@ impl State {
             Self::Adaptive(state) => View::Adaptive(state),
         }
     }
+}
+
+/// Apart from the token bucket's, so that only what is short is copied to where calls are made.
+#[inline(never)]
+fn window_at_a_glance(state: &SlidingWindowState, now: Timestamp) -> Option<Admission> {
+    state.take_one_at_a_glance(now).map(Admission::Window)
 }
 
 /// What a keyed limiter keeps of a key that is no token bucket, in a box of its own size.
