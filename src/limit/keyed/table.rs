@@ -55,6 +55,7 @@
 
 use super::super::{
     algorithm::View,
+    backoff::back_off,
     bucket::{Level, Line},
     token_bucket::TokenBucketShape,
 };
@@ -74,10 +75,6 @@ use std::{
 
 /// How often somebody tries before it takes the books.
 const ATTEMPTS: u32 = 4;
-
-/// For how many turns of a spin loop somebody stays away who has lost a bucket to another, and twice as many the next time. One or
-/// two microseconds: the winner goes on meanwhile with the line in its cache, which is worth more to both than taking turns.
-const LEAVE_ALONE: u32 = 32;
 
 /// How far a walk goes that may have been led in circles. Chains have one link each on average, and hardly ever ten.
 const LONGEST_WALK: usize = 32;
@@ -375,7 +372,7 @@ impl Table {
             return false;
         };
         let now = now();
-        for attempt in 0..ATTEMPTS {
+        for _ in 0..ATTEMPTS {
             let Some(seen) = self.see(slot, fingerprint) else {
                 return false;
             };
@@ -390,7 +387,7 @@ impl Table {
             {
                 return true;
             }
-            (0..LEAVE_ALONE << attempt).for_each(|_| std::hint::spin_loop());
+            back_off(now);
         }
         false
     }
