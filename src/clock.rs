@@ -35,7 +35,7 @@ pub struct Timestamp(u64);
 
 impl Timestamp {
     /// Where a clock begins. So far from zero that zero is longer ago than any setting reaches (100 years).
-    const BEGINNING: Self = Self(1 << 62);
+    pub(crate) const BEGINNING: Self = Self(1 << 62);
 
     #[inline]
     pub(crate) const fn from_nanos(nanos: u64) -> Self {

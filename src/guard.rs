@@ -5,7 +5,7 @@ use crate::{
     classify::{ByError, ByResult, Classify, ErrorsAreFailures},
     clock::Reading,
     limit::RateLimiter,
-    permit::{Held, Outcome, Verdict, Watch, failing_on_unwind},
+    permit::{Outcome, Verdict, Watch, failing_on_unwind},
     policy::{Admit, Gate, Hold, Policy, Readiness, Waiting},
     reject::{AsError, Fallback, FallbackWith, Reject},
     rejected::Rejected,
@@ -14,6 +14,7 @@ use pin_project_lite::pin_project;
 use std::{
     fmt,
     future::Future,
+    mem::ManuallyDrop,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -330,25 +331,36 @@ enum Ready<T> {
     Refused,
 }
 
-/// What is held while the inner service is asked whether it is ready. Dropped with it, the service (or the judgement of its
-/// error) panicked: a failure.
+/// What is held while the inner service is asked whether it is ready. Dropped, the service (or the judgement of its error) panicked:
+/// a failure.
 struct Readying<'a, P: Gate> {
     policy: &'a P,
-    reserved: Option<P::Reserved>,
-    now: &'a Reading,
+    /// Dropped by [`Drop`] or by nobody: a place that nothing refers to need not be in memory.
+    reserved: ManuallyDrop<Option<P::Reserved>>,
 }
 
 impl<P: Gate> Readying<'_, P> {
-    fn done(&mut self) -> P::Reserved {
-        self.reserved.take().expect("taken once")
+    #[inline]
+    fn done(mut self) -> P::Reserved {
+        let reserved = self.reserved.take();
+        std::mem::forget(self);
+        reserved.expect("there until then")
     }
 }
 
 impl<P: Gate> Drop for Readying<'_, P> {
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn drop(&mut self) {
-        if let Some(reserved) = self.reserved.take() {
-            self.policy.unready(reserved, Outcome::Failure.into(), self.now);
-        }
+        unready_unwinding(self.policy, self.reserved.take());
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn unready_unwinding<P: Gate>(policy: &P, reserved: Option<P::Reserved>) {
+    if let Some(reserved) = reserved {
+        policy.unready(reserved, Outcome::Failure.into(), &Reading::new());
     }
 }
 
@@ -404,10 +416,9 @@ where
                 return Poll::Ready(Ok(()));
             }
         };
-        let mut readying = Readying {
+        let readying = Readying {
             policy: &self.layer.policy,
-            reserved: Some(reserved),
-            now: &now,
+            reserved: ManuallyDrop::new(Some(reserved)),
         };
         match self.inner.poll_ready(cx) {
             Poll::Pending => {
@@ -420,7 +431,8 @@ where
             }
             Poll::Ready(Err(error)) => {
                 let (verdict, error) = self.layer.classify.unready(error);
-                self.layer.policy.unready(readying.done(), verdict, &now);
+                let reserved = readying.done();
+                self.layer.policy.unready(reserved, verdict, &now);
                 Poll::Ready(Err(R::error(error)))
             }
         }
@@ -432,14 +444,14 @@ where
         let admit = match std::mem::replace(&mut self.ready, Ready::No) {
             Ready::Yes(reserved) => {
                 if let Some(permit) = self.layer.policy.glance(&reserved, &request, &now) {
-                    return self.make(Held(Some(permit)), request);
+                    return self.make(permit, request);
                 }
                 self.layer.policy.admit(reserved, &request, &now)
             }
             other => self.admit(other, &request, &now),
         };
         match admit {
-            Admit::Now(permit) => self.make(Held(Some(permit)), request),
+            Admit::Now(permit) => self.make(permit, request),
             Admit::Later(wait) => ResponseFuture {
                 state: State::Waiting {
                     kept: Some(self.layer.keep::<S, Req>(&request)),
@@ -473,7 +485,7 @@ impl<P, C, R> GuardLayer<P, C, R> {
 impl<S, P: Gate, C, R> Guard<S, P, C, R> {
     /// Makes a call that was admitted.
     #[inline]
-    fn make<Req>(&mut self, mut held: Held<P::Permit>, request: Req) -> ResponseFuture<S, Req, P, C, R>
+    fn make<Req>(&mut self, permit: P::Permit, request: Req) -> ResponseFuture<S, Req, P, C, R>
     where
         S: Service<Req>,
         P: Policy<Req>,
@@ -481,9 +493,11 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
         C: Classify<Req, S::Response, S::Error>,
         R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
     {
-        let kept = Some(failing_on_unwind(&mut held.0, |_| self.layer.keep::<S, Req>(&request)));
-        let inner = &mut self.inner;
-        let watch = Watch::start(held, || inner.call(request));
+        let mut kept = None;
+        let watch = Watch::start(permit, || {
+            kept = Some(self.layer.keep::<S, Req>(&request));
+            self.inner.call(request)
+        });
         ResponseFuture {
             state: State::Called { watch, kept },
         }
@@ -615,7 +629,7 @@ where
                     let held = held.take().expect(ONCE);
                     match admitted {
                         Ok(permit) => State::Called {
-                            watch: Watch::start(Held(Some(permit)), || P::Wait::call(held)),
+                            watch: Watch::start(permit, || P::Wait::call(held)),
                             kept: kept.take(),
                         },
                         Err(why) => State::Rejected {

@@ -6,6 +6,7 @@ use crate::{
 use pin_project_lite::pin_project;
 use std::{
     future::Future,
+    mem::ManuallyDrop,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -139,10 +140,22 @@ impl From<Outcome> for Verdict {
 pub trait Permit: Sized {
     /// The call ended, and this is how.
     fn settle(self, verdict: Verdict, now: &Reading);
-    /// [`settle`](Self::settle) where the permit lies, for permits that are large and settled for every call. `None` is settled.
+    /// A shortcut of [`settle`](Self::settle), where the permit lies: whether it is settled, which then is all that will be done with
+    /// it, and to drop it does nothing. Otherwise nothing has happened, and `settle` is asked. Default: there is no shortcut.
     #[inline]
+    fn settle_quickly(&mut self, verdict: &Verdict, now: &Reading) -> bool {
+        let _ = (verdict, now);
+        false
+    }
+    /// Settles what is there, in the quick way if there is one. `None` is settled.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
-        if let Some(permit) = permit.take() {
+        if let Some(held) = permit
+            && held.settle_quickly(&verdict, now)
+        {
+            std::mem::forget(permit.take());
+        } else if let Some(permit) = permit.take() {
             permit.settle(verdict, now);
         }
     }
@@ -171,10 +184,8 @@ impl<P: Permit> Permit for Option<P> {
         }
     }
     #[inline]
-    fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
-        if let Some(permit) = permit {
-            P::settle_in_place(permit, verdict, now);
-        }
+    fn settle_quickly(&mut self, verdict: &Verdict, now: &Reading) -> bool {
+        self.as_mut().is_none_or(|permit| permit.settle_quickly(verdict, now))
     }
     fn cancel(self, cost: Option<u32>, now: &Reading) {
         if let Some(permit) = self {
@@ -199,11 +210,21 @@ impl<A: Permit, B: Permit> Permit for (A, B) {
         self.0.settle(verdict, now);
         self.1.settle(verdict, now);
     }
-    #[inline]
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
-        if let Some((first, second)) = permit.take() {
-            A::settle_in_place(&mut Some(first), verdict, now);
-            B::settle_in_place(&mut Some(second), verdict, now);
+        let Some((first, second)) = permit else {
+            return;
+        };
+        // Each where it lies: they are large together.
+        if first.settle_quickly(&verdict, now) {
+            if second.settle_quickly(&verdict, now) {
+                std::mem::forget(permit.take());
+            } else if let Some((_, second)) = permit.take() {
+                second.settle(verdict, now);
+            }
+        } else if let Some(permit) = permit.take() {
+            permit.settle(verdict, now);
         }
     }
     fn cancel(self, cost: Option<u32>, now: &Reading) {
@@ -234,13 +255,23 @@ impl<P: Permit> Drop for Held<P> {
 
 /// Settles the permit when dropped, which only an unwinding step does: the others forget it. The permit itself would be dropped
 /// too late to know of the panic: after `catch_unwind`, with the future.
-struct OnUnwind<'a, P: Permit, V: Fn() -> Verdict>(&'a mut Option<P>, V);
+struct OnUnwind<'a, P: Permit, V: Fn() -> Verdict + Copy>(&'a mut Option<P>, V);
 
-impl<P: Permit, V: Fn() -> Verdict> Drop for OnUnwind<'_, P, V> {
+impl<P: Permit, V: Fn() -> Verdict + Copy> Drop for OnUnwind<'_, P, V> {
+    // So small that it is inlined even where the compiler knows that it is rarely come by: a reference to the permit that went out to
+    // a function would keep the permit in memory.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn drop(&mut self) {
-        if let Some(permit) = self.0.take() {
-            permit.settle(self.1(), &Reading::new());
-        }
+        settle_unwinding(self.0.take(), self.1);
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn settle_unwinding<P: Permit>(permit: Option<P>, verdict: impl Fn() -> Verdict) {
+    if let Some(permit) = permit {
+        permit.settle(verdict(), &Reading::new());
     }
 }
 
@@ -254,7 +285,7 @@ pub(crate) fn failing_on_unwind<P: Permit, T>(permit: &mut Option<P>, step: impl
 #[inline]
 pub(crate) fn settling_on_unwind<P: Permit, T>(
     permit: &mut Option<P>,
-    verdict: impl Fn() -> Verdict,
+    verdict: impl Fn() -> Verdict + Copy,
     step: impl FnOnce(&mut Option<P>) -> T,
 ) -> T {
     let unwind = OnUnwind(permit, verdict);
@@ -276,8 +307,11 @@ pin_project! {
 impl<F, P: Permit> Watch<F, P> {
     /// Makes the call. A panic inside `call` fails the permit as one inside the future does.
     #[inline]
-    pub(crate) fn start(mut held: Held<P>, call: impl FnOnce() -> F) -> Self {
-        let future = failing_on_unwind(&mut held.0, |_| call());
+    pub(crate) fn start(permit: P, call: impl FnOnce() -> F) -> Self {
+        // Dropped by nobody else: the step ends or unwinds.
+        let mut permit = ManuallyDrop::new(Some(permit));
+        let future = failing_on_unwind(&mut permit, |_| call());
+        let held = Held(permit.take());
         Self { future, held }
     }
 }
@@ -299,7 +333,7 @@ pub(crate) async fn run<P: Permit, T, E, V: Into<Verdict>>(
     classify: impl FnOnce(&Result<T, E>) -> V,
     future: impl Future<Output = Result<T, E>>,
 ) -> Result<T, Error<E>> {
-    let mut watch = std::pin::pin!(Watch::start(Held(Some(permit)), || future));
+    let mut watch = std::pin::pin!(Watch::start(permit, || future));
     let ended = |(result, permit): (_, &mut Option<P>)| (result, permit.take());
     let (result, permit) = std::future::poll_fn(|cx| watch.as_mut().poll(cx).map(ended)).await;
     permit.settle(classify(&result).into(), &Reading::new());

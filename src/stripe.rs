@@ -43,7 +43,7 @@ use crate::sync::{
 use std::{
     any::Any,
     cell::Cell,
-    ops::Deref,
+    ops::{Deref, Range},
     sync::{Arc, PoisonError},
 };
 
@@ -61,7 +61,7 @@ mod size {
 mod size {
     pub(super) const SEATS: usize = 2;
     pub(super) const OWN_LINES: usize = 2;
-    pub(super) const COUNTERS: usize = 8;
+    pub(super) const COUNTERS: usize = 12;
 }
 
 use size::{COUNTERS, OWN_LINES, SEATS};
@@ -69,6 +69,10 @@ use size::{COUNTERS, OWN_LINES, SEATS};
 /// How many words a line has. The first are counters of the state's own; two count what was done in one generation of the state,
 /// and two its shares.
 const WORDS: usize = COUNTERS + 4;
+/// The counters each of which counts the end of a share, too, and those that count the beginning of one: so a call writes two words
+/// less. All others are the state's own affair.
+pub(crate) const ENDINGS: Range<usize> = 0..4;
+pub(crate) const BEGINNINGS: Range<usize> = 4..6;
 const GENERATION: usize = COUNTERS;
 const DONE: usize = COUNTERS + 1;
 const BEGUN: usize = COUNTERS + 2;
@@ -94,15 +98,18 @@ impl Line {
         count.store(count.load(Ordering::Relaxed).wrapping_add(n), Ordering::Release);
     }
 
-    /// Counts what was done in a generation, from nothing if it is the line's first in that generation. Those of one thread only
-    /// rise. The count is put back before the generation is named: nobody takes an old count for one of the new generation.
+    /// Counts what was done in a generation, from nothing if it is the line's first in that generation; tells the count. Those of
+    /// one thread only rise. The count is put back before the generation is named: nobody takes an old count for one of the new
+    /// generation.
     #[inline]
-    fn count_done(&self, generation: u64) {
+    fn count_done(&self, generation: u64) -> u64 {
         if self.0[GENERATION].load(Ordering::Relaxed) != generation {
             self.0[DONE].store(0, Ordering::Release);
             self.0[GENERATION].store(generation, Ordering::Release);
         }
-        self.add_as_owner(DONE, 1);
+        let done = self.0[DONE].load(Ordering::Relaxed).wrapping_add(1);
+        self.0[DONE].store(done, Ordering::Release);
+        done
     }
 
     /// What this line's thread has done in a generation that is not over.
@@ -216,13 +223,25 @@ impl Seat {
             .fold(0, u64::wrapping_add)
     }
 
-    /// A free seat, if there is one. Seats that were left unnoticed are found here.
-    fn take() -> Option<&'static Self> {
+    /// Whether every share has ended. Ends are summed up first: who ends a share may have begun another before.
+    fn is_left(&self) -> bool {
+        let sum = |counters: &mut dyn Iterator<Item = usize>| counters.map(|it| self.sum(it)).fold(0, u64::wrapping_add);
+        let ended = sum(&mut ENDINGS.chain([ENDED]));
+        ended == sum(&mut BEGINNINGS.chain([BEGUN]))
+    }
+
+    /// The number of a free seat, if there is one. Seats that were left unnoticed are found here.
+    fn take() -> Option<u8> {
         Self::clear_all_left();
         let mut taken = lock(&TAKEN_SEATS);
         let free = taken.iter().position(|taken| !taken)?;
         taken[free] = true;
-        Some(&TABLE[free])
+        u8::try_from(free).ok()
+    }
+
+    #[inline]
+    fn numbered(number: u8) -> &'static Self {
+        &TABLE[usize::from(number)]
     }
 
     /// Marks that the last handle is gone.
@@ -249,7 +268,7 @@ impl Seat {
         }
         let mut state = lock(&self.state);
         // Again, under the lock: another may have cleared it and a new state may sit here.
-        if !self.hot.closing.load(Ordering::Acquire) || self.sum(BEGUN) != self.sum(ENDED) {
+        if !self.hot.closing.load(Ordering::Acquire) || !self.is_left() {
             return;
         }
         let left = state.take();
@@ -271,7 +290,7 @@ impl Seat {
 pub(crate) struct Home(HomeKind);
 
 enum HomeKind {
-    Seat(&'static Seat),
+    Seat(u8, &'static Seat),
     Standing(Box<Standing>),
 }
 
@@ -284,7 +303,7 @@ impl Home {
     #[inline]
     pub(crate) fn hot(&self) -> &Hot {
         match &self.0 {
-            HomeKind::Seat(seat) => &seat.hot,
+            HomeKind::Seat(_, seat) => &seat.hot,
             HomeKind::Standing(standing) => &standing.hot,
         }
     }
@@ -293,20 +312,23 @@ impl Home {
     #[inline]
     pub(crate) fn add(&self, counter: usize, n: u64) {
         match &self.0 {
-            HomeKind::Seat(seat) => seat.add(counter, n),
+            HomeKind::Seat(_, seat) => seat.add(counter, n),
             HomeKind::Standing(standing) => standing.line.add_as_one_of_many(counter, n),
         }
     }
 
-    /// Whether threads have lines of their own here.
-    pub(crate) fn has_lines(&self) -> bool {
-        matches!(self.0, HomeKind::Seat(_))
+    /// The number of the seat, in which threads have lines of their own.
+    pub(crate) fn seat(&self) -> Option<u8> {
+        match self.0 {
+            HomeKind::Seat(number, _) => Some(number),
+            HomeKind::Standing(_) => None,
+        }
     }
 
     /// What all threads together have done in a generation that is not over. It only grows.
     pub(crate) fn done(&self, generation: u64) -> u64 {
         match &self.0 {
-            HomeKind::Seat(seat) => seat.lines().map(|line| line.done(generation)).sum(),
+            HomeKind::Seat(_, seat) => seat.lines().map(|line| line.done(generation)).sum(),
             HomeKind::Standing(_) => 0,
         }
     }
@@ -314,7 +336,7 @@ impl Home {
     /// The sum of one counter over all lines. It never falls between two calls.
     pub(crate) fn sum(&self, counter: usize) -> u64 {
         match &self.0 {
-            HomeKind::Seat(seat) => seat.sum(counter),
+            HomeKind::Seat(_, seat) => seat.sum(counter),
             HomeKind::Standing(standing) => standing.line.0[counter].load(Ordering::Relaxed),
         }
     }
@@ -331,6 +353,7 @@ pub(crate) struct Striped<T: Homed>(sync::Arc<Root<T>>);
 struct Root<T: Homed> {
     /// Where the state sits; here, too, because the hot paths begin here.
     seat: Option<&'static Seat>,
+    number: u8,
     state: Arc<T>,
 }
 
@@ -345,11 +368,12 @@ impl<T: Homed> Drop for Root<T> {
 impl<T: Homed> Striped<T> {
     /// A state that sits, if there is a seat left.
     pub(crate) fn new(make: impl FnOnce(Home) -> T) -> Self {
-        let Some(seat) = Seat::take() else {
+        let Some(number) = Seat::take() else {
             return Self::standing(make);
         };
-        let mut root = Self::with(make, Home(HomeKind::Seat(seat)));
-        root.seat = Some(seat);
+        let seat = Seat::numbered(number);
+        let mut root = Self::with(make, Home(HomeKind::Seat(number, seat)));
+        (root.seat, root.number) = (Some(seat), number);
         *lock(&seat.state) = Some(root.state.clone());
         Self(sync::Arc::new(root))
     }
@@ -367,6 +391,7 @@ impl<T: Homed> Striped<T> {
     fn with(make: impl FnOnce(Home) -> T, home: Home) -> Root<T> {
         Root {
             seat: None,
+            number: 0,
             state: Arc::new(make(home)),
         }
     }
@@ -393,35 +418,24 @@ impl<T: Homed> Striped<T> {
         }
     }
 
-    /// A share, for a permit.
-    #[inline]
-    pub(crate) fn share(&self) -> Share<T> {
+    /// A share, for a permit, counted as one of [`BEGINNINGS`].
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    pub(crate) fn count_and_share(&self, counter: usize) -> Share<T> {
+        debug_assert!(BEGINNINGS.contains(&counter), "counted as a beginning");
         match self.0.seat {
             Some(seat) => {
-                seat.add(BEGUN, 1);
-                Share::Sitting(Sitting(seat))
+                seat.add(counter, 1);
+                Share::Sitting(Sitting(self.0.number))
             }
-            None => Share::Standing(self.0.state.clone()),
+            None => self.count_and_stand(counter),
         }
     }
 
-    /// Adds to some counters and takes a share, in one go.
-    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
-    #[inline(always)]
-    pub(crate) fn count_and_share<const K: usize>(&self, counts: [(usize, u64); K]) -> Share<T> {
-        if let Some(seat) = self.0.seat
-            && let Some(line) = seat.own_line()
-        {
-            for (counter, n) in counts {
-                line.add_as_owner(counter, n);
-            }
-            line.add_as_owner(BEGUN, 1);
-            return Share::Sitting(Sitting(seat));
-        }
-        for (counter, n) in counts {
-            self.add(counter, n);
-        }
-        self.share()
+    #[inline(never)]
+    fn count_and_stand(&self, counter: usize) -> Share<T> {
+        self.0.state.home().add(counter, 1);
+        Share::Standing(self.0.state.clone())
     }
 
     /// Whether both are handles of one state.
@@ -452,7 +466,7 @@ pub(crate) enum Share<T: Homed> {
 }
 
 /// A share in a seat: begun, and ended when dropped.
-pub(crate) struct Sitting(&'static Seat);
+pub(crate) struct Sitting(u8);
 
 impl Drop for Sitting {
     #[inline]
@@ -462,23 +476,40 @@ impl Drop for Sitting {
 }
 
 impl Sitting {
+    /// A share that was taken apart: the number of its seat is all there is of it.
     #[inline]
-    pub(crate) fn hot(&self) -> &Hot {
-        &self.0.hot
+    pub(crate) fn of(number: u8) -> Self {
+        Self(number)
     }
 
-    /// Counts one as done in a generation; `false`, and nothing has happened, if the thread has no line to itself.
     #[inline]
-    pub(crate) fn count_done(&self, generation: u64) -> bool {
-        let line = self.0.own_line();
-        line.inspect(|line| line.count_done(generation)).is_some()
+    fn seat(&self) -> &'static Seat {
+        Seat::numbered(self.0)
+    }
+
+    #[inline]
+    pub(crate) fn hot(&self) -> &'static Hot {
+        &self.seat().hot
+    }
+
+    /// One more share, while there is this one.
+    pub(crate) fn another(&self) -> Self {
+        self.seat().add(BEGUN, 1);
+        Self(self.0)
+    }
+
+    /// Counts one as done in a generation, and tells how many this thread has done; zero, and nothing has happened, if the thread
+    /// has no line to itself.
+    #[inline]
+    pub(crate) fn count_done(&self, generation: u64) -> u64 {
+        self.seat().own_line().map_or(0, |line| line.count_done(generation))
     }
 
     /// The end of this share, apart from it: the share is to be forgotten before it is ended, for to end the last one drops the
     /// state, and what listeners hold may panic.
     #[inline]
     pub(crate) fn ending(&self) -> Ending {
-        Ending(self.0)
+        Ending(self.seat())
     }
 }
 
@@ -489,25 +520,22 @@ pub(crate) struct Ending(&'static Seat);
 impl Ending {
     #[inline]
     pub(crate) fn end(self) {
-        let Self(seat) = self;
-        seat.add(ENDED, 1);
-        if seat.hot.closing.load(Ordering::Acquire) {
-            seat.clear_if_left();
-        }
+        self.end_as(ENDED);
     }
 
-    /// Adds one to a counter and ends the share.
+    /// Ends the share with a count, one of [`ENDINGS`].
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     pub(crate) fn count_and_end(self, counter: usize) {
+        debug_assert!(ENDINGS.contains(&counter), "counted as an end");
+        self.end_as(counter);
+    }
+
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn end_as(self, counter: usize) {
         let Self(seat) = self;
-        if let Some(line) = seat.own_line() {
-            line.add_as_owner(counter, 1);
-            line.add_as_owner(ENDED, 1);
-        } else {
-            seat.add_otherwise(counter, 1);
-            seat.add_otherwise(ENDED, 1);
-        }
+        seat.add(counter, 1);
         if seat.hot.closing.load(Ordering::Acquire) {
             seat.clear_if_left();
         }
@@ -515,10 +543,47 @@ impl Ending {
 }
 
 impl<T: Homed> Share<T> {
+    /// Takes the share apart: the number of its seat, or its state if that stands. Nothing ends it but the one that is
+    /// [put together](Self::of) again.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    pub(crate) fn into_parts(self) -> (u8, Option<Arc<T>>) {
+        match self {
+            Self::Sitting(sitting) => {
+                let number = sitting.0;
+                std::mem::forget(sitting);
+                (number, None)
+            }
+            Self::Standing(state) => (0, Some(state)),
+        }
+    }
+
+    /// Puts a share together again.
+    #[inline]
+    pub(crate) fn of(number: u8, standing: Option<Arc<T>>) -> Self {
+        match standing {
+            Some(state) => Self::Standing(state),
+            None => Self::Sitting(Sitting(number)),
+        }
+    }
+
+    /// Ends it with a count, one of [`ENDINGS`], and leaves another in its place for what is still to do.
+    pub(crate) fn count_and_renew(&mut self, counter: usize) {
+        match self {
+            Self::Sitting(sitting) => {
+                let another = sitting.another();
+                let ending = sitting.ending();
+                std::mem::forget(std::mem::replace(sitting, another));
+                ending.count_and_end(counter);
+            }
+            Self::Standing(state) => state.home().add(counter, 1),
+        }
+    }
+
     #[inline]
     pub(crate) fn hot(&self) -> &Hot {
         match self {
-            Self::Sitting(sitting) => &sitting.0.hot,
+            Self::Sitting(sitting) => sitting.hot(),
             Self::Standing(state) => state.home().hot(),
         }
     }
@@ -527,7 +592,7 @@ impl<T: Homed> Share<T> {
     #[inline]
     pub(crate) fn add(&self, counter: usize, n: u64) {
         match self {
-            Self::Sitting(sitting) => sitting.0.add(counter, n),
+            Self::Sitting(sitting) => sitting.seat().add(counter, n),
             Self::Standing(state) => state.home().add(counter, n),
         }
     }
@@ -538,7 +603,7 @@ impl<T: Homed> Share<T> {
     pub(crate) fn state(&self) -> Arc<T> {
         match self {
             Self::Sitting(sitting) => {
-                let state = lock(&sitting.0.state).clone();
+                let state = lock(&sitting.seat().state).clone();
                 match state.map(Arc::downcast) {
                     Some(Ok(state)) => state,
                     _ => unreachable!("a state stays in its seat while there are shares"),

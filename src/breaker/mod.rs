@@ -14,7 +14,9 @@
 //! bit   7      counted: a quick success in this generation need only be counted
 //! bit   8      within: and that only from `since` on and before `until`
 //! bit   9      fast clock: which clock tells that
-//! bits 10..64  generation
+//! bit   10     seated: which seat the breaker has tells the word, too
+//! bits 11..19  seat
+//! bits 19..64  generation
 //! ```
 //!
 //! Only [`Core::publish`] writes the word, `until` and `since`, and its caller holds the machine. It stores `BUSY`, then those two with
@@ -67,6 +69,7 @@ use standby::Waiters;
 use std::{
     fmt,
     future::Future,
+    num::NonZeroU64,
     sync::{Arc, PoisonError},
 };
 
@@ -76,23 +79,27 @@ mod counter {
     pub(super) const FAILURE: usize = 1;
     pub(super) const IGNORED: usize = 2;
     pub(super) const CANCELLED: usize = 3;
-    pub(super) const SLOW: usize = 4;
-    pub(super) const REJECTED_OPEN: usize = 5;
-    pub(super) const REJECTED_HALF_OPEN: usize = 6;
-    pub(super) const REJECTED_FORCED: usize = 7;
-    pub(super) const COUNTERS: usize = 8;
+    /// Calls admitted, which end as one of those before.
+    pub(super) const ADMITTED: usize = 4;
+    pub(super) const SLOW: usize = 6;
+    pub(super) const REJECTED_OPEN: usize = 7;
+    pub(super) const REJECTED_HALF_OPEN: usize = 8;
+    pub(super) const REJECTED_FORCED: usize = 9;
+    pub(super) const COUNTERS: usize = 10;
 }
 
 /// The packed word; see the module's documentation.
 mod word {
     use crate::clock::ClockKind;
+    use std::num::NonZeroU64;
 
     pub(super) const MODE: u64 = 0b111;
-    pub(super) const CLOSED: u64 = 0;
-    pub(super) const ASK: u64 = 1;
-    pub(super) const FORCED_OPEN: u64 = 2;
-    pub(super) const DISABLED: u64 = 3;
-    pub(super) const BUSY: u64 = 4;
+    // None is 0, so that no word is.
+    pub(super) const CLOSED: u64 = 1;
+    pub(super) const ASK: u64 = 2;
+    pub(super) const FORCED_OPEN: u64 = 3;
+    pub(super) const DISABLED: u64 = 4;
+    pub(super) const BUSY: u64 = 5;
     pub(super) const REFUSING: u64 = 1 << 3;
     pub(super) const CLEAN: u64 = 1 << 4;
     pub(super) const TIMED: u64 = 1 << 5;
@@ -100,7 +107,11 @@ mod word {
     pub(super) const COUNTED: u64 = 1 << 7;
     pub(super) const WITHIN: u64 = 1 << 8;
     pub(super) const FAST_CLOCK: u64 = 1 << 9;
-    pub(super) const GENERATION_SHIFT: u32 = 10;
+    pub(super) const SEATED: u64 = 1 << 10;
+    pub(super) const SEAT_SHIFT: u32 = 11;
+    pub(super) const GENERATION_SHIFT: u32 = 19;
+    /// In the place of a word, of a permit that has nothing to settle.
+    pub(super) const NOBODYS: NonZeroU64 = NonZeroU64::new(DISABLED).expect("no mode is 0");
 
     /// The clock of a word that says within.
     #[inline]
@@ -114,6 +125,12 @@ mod word {
 
     pub(super) const fn generation(word: u64) -> u64 {
         word >> GENERATION_SHIFT
+    }
+
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "those bits are wanted")]
+    pub(super) const fn seat(word: u64) -> u8 {
+        (word >> SEAT_SHIFT) as u8
     }
 }
 
@@ -317,14 +334,15 @@ impl Core {
             (_, State::Closed) => word::CLOSED,
             (_, State::Open | State::HalfOpen) => word::ASK,
         };
+        let seat = self.seat_in_word();
         let mut until = machine.refused_until();
         let refusing = until.is_some();
         let mut since = Timestamp::from_nanos(0);
         let quick = match machine.quick(now) {
             _ if mode != word::CLOSED => 0,
             Quick::Nothing => word::CLEAN,
-            Quick::Count if self.home.has_lines() => word::COUNTED,
-            Quick::CountWithin(from, to) if self.home.has_lines() => {
+            Quick::Count if seat != 0 => word::COUNTED,
+            Quick::CountWithin(from, to) if seat != 0 => {
                 (since, until) = (from, Some(to));
                 match self.clock.kind() {
                     Some(ClockKind::System) => word::COUNTED | word::WITHIN,
@@ -343,6 +361,7 @@ impl Core {
             | quick
             | flag(slow.is_some(), word::TIMED)
             | flag(machine.state() == State::HalfOpen, word::HALF_OPEN)
+            | seat
             | machine.generation() << word::GENERATION_SHIFT;
         let until = until.map_or(0, Timestamp::nanos);
         let since = since.nanos();
@@ -356,6 +375,12 @@ impl Core {
         if hot.word().load(Ordering::Relaxed) != word {
             hot.word().store(word, Ordering::Release);
         }
+    }
+
+    /// What a word tells of the seat: nothing, if there is none.
+    fn seat_in_word(&self) -> u64 {
+        let seat = self.home.seat();
+        seat.map_or(0, |number| word::SEATED | u64::from(number) << word::SEAT_SHIFT)
     }
 
     fn emit(&self, at: Timestamp, kind: EventKind) {
@@ -406,10 +431,11 @@ impl CircuitBreaker {
     #[inline(always)]
     fn acquire_uncounted(&self, now: &Reading) -> Result<CircuitBreakerPermit, Rejected> {
         let word = self.shared.hot().word().load(Ordering::Acquire);
-        if word & word::MODE == word::CLOSED {
-            Ok(CircuitBreakerPermit::new(&self.shared, word, None, now))
-        } else {
-            self.acquire_otherwise(word, now)
+        match NonZeroU64::new(word) {
+            Some(word) if word.get() & word::MODE == word::CLOSED => {
+                Ok(CircuitBreakerPermit::new(&self.shared, word, None, now))
+            }
+            _ => self.acquire_otherwise(word, now),
         }
     }
 
@@ -436,18 +462,21 @@ impl CircuitBreaker {
                 } else {
                     0
                 };
-                let disabled = if machine.forced() == Some(Override::Disabled) {
+                let mode = if machine.forced() == Some(Override::Disabled) {
                     word::DISABLED
                 } else {
-                    0
+                    word::ASK
                 };
-                let word = machine.generation() << word::GENERATION_SHIFT | timed | disabled;
+                let word = machine.generation() << word::GENERATION_SHIFT | core.seat_in_word() | timed | mode;
                 ((answer, word), None)
             }),
         };
         match answer {
             Ok(_) if word & word::MODE == word::DISABLED => Ok(CircuitBreakerPermit::untracked()),
-            Ok(lease) => Ok(CircuitBreakerPermit::new(&self.shared, word, lease, reading)),
+            Ok(lease) => {
+                let word = NonZeroU64::new(word).expect("no mode is 0");
+                Ok(CircuitBreakerPermit::new(&self.shared, word, lease, reading))
+            }
             Err(Refusal { reason, until }) => Err(core.rejected(reason, until, Some(now))),
         }
     }
@@ -570,11 +599,9 @@ impl CircuitBreaker {
     #[inline(always)]
     pub(crate) fn glance(&self, reserved: &Reservation, now: &Reading) -> Option<CircuitBreakerPermit> {
         let word = self.shared.hot().word().load(Ordering::Acquire);
-        if reserved.is_empty() && word & word::MODE == word::CLOSED {
-            Some(CircuitBreakerPermit::new(&self.shared, word, None, now))
-        } else {
-            None
-        }
+        let word = NonZeroU64::new(word).filter(|word| word.get() & word::MODE == word::CLOSED)?;
+        let admitted = reserved.is_empty();
+        admitted.then(|| CircuitBreakerPermit::new(&self.shared, word, None, now))
     }
 
     /// Whether a call by a readied service would be admitted now, without asking the machine.

@@ -6,9 +6,14 @@ use super::{
 use crate::{
     clock::{Clock, Reading, Timestamp},
     permit::{Outcome, Permit, Verdict},
-    stripe::{Ending, Share, Striped},
+    stripe::{Share, Sitting, Striped},
 };
-use std::{fmt, sync::atomic::Ordering};
+use std::{
+    fmt,
+    mem::ManuallyDrop,
+    num::NonZeroU64,
+    sync::{Arc, atomic::Ordering},
+};
 
 /// Leave to make one call. Tell it how the call ended with [`settle`](Self::settle).
 ///
@@ -27,35 +32,38 @@ use std::{fmt, sync::atomic::Ordering};
 /// ```
 #[must_use = "a permit that is dropped counts as a cancelled call"]
 pub struct CircuitBreakerPermit {
-    /// `None` once settled, and for a disabled breaker, which wants to know nothing.
-    share: Option<Share<Core>>,
-    /// The word under which the call was admitted.
-    word: u64,
+    /// The word under which the call was admitted, which names the seat; [`word::NOBODYS`] once settled, and for a disabled breaker,
+    /// which wants to know nothing.
+    word: NonZeroU64,
+    /// The breaker, if it has no seat. Like the lease it is taken out by hand and never dropped with the permit: then nothing on the
+    /// fast path takes a reference to the permit, and it need not be in memory.
+    standing: ManuallyDrop<Option<Arc<Core>>>,
     /// A probe's place; boxed, because few calls are probes and every future has room for it.
-    lease: Option<Box<Lease>>,
-    /// When the call began, if it matters how long it takes.
-    started: Option<Timestamp>,
+    lease: ManuallyDrop<Option<Box<Lease>>>,
+    /// When the call began, under a word that says that it matters how long it takes.
+    started: Timestamp,
 }
 
 impl CircuitBreakerPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
-    pub(super) fn new(shared: &Striped<Core>, word: u64, lease: Option<Lease>, now: &Reading) -> Self {
-        let timed = word & word::TIMED != 0;
+    pub(super) fn new(shared: &Striped<Core>, word: NonZeroU64, lease: Option<Lease>, now: &Reading) -> Self {
+        let timed = word.get() & word::TIMED != 0;
+        let (_, standing) = shared.count_and_share(counter::ADMITTED).into_parts();
         Self {
-            share: Some(shared.share()),
             word,
-            lease: lease.map(Box::new),
-            started: timed.then(|| now.at(&shared.clock)),
+            standing: ManuallyDrop::new(standing),
+            lease: ManuallyDrop::new(lease.map(Box::new)),
+            started: if timed { now.at(&shared.clock) } else { Timestamp::BEGINNING },
         }
     }
 
     pub(super) fn untracked() -> Self {
         Self {
-            share: None,
-            word: 0,
-            lease: None,
-            started: None,
+            word: word::NOBODYS,
+            standing: ManuallyDrop::new(None),
+            lease: ManuallyDrop::new(None),
+            started: Timestamp::BEGINNING,
         }
     }
 
@@ -69,93 +77,97 @@ impl CircuitBreakerPermit {
         Permit::unused(self, &Reading::new());
     }
 
+    /// What there is to settle; nothing is left of it here.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn take(&mut self) -> Parts {
+        Parts {
+            word: std::mem::replace(&mut self.word, word::NOBODYS),
+            standing: self.standing.take(),
+            lease: self.lease.take(),
+            started: self.started,
+        }
+    }
+
+    /// The breaker, if the permit is not settled.
+    fn core(&self) -> Option<Arc<Core>> {
+        match &*self.standing {
+            Some(core) => Some(core.clone()),
+            // Looked at, and not ended.
+            None => share(self.word, None).map(|share| ManuallyDrop::new(share).state()),
+        }
+    }
+
     /// Whether a reserved probe is still one: its generation runs and its lease holds the slot.
     pub(super) fn still_holds(&self, now: &Reading) -> bool {
-        let (Some(share), Some(lease)) = (&self.share, self.lease.as_deref()) else {
+        let (Some(core), Some(lease)) = (self.core(), self.lease.as_deref()) else {
             return false;
         };
-        let core = share.state();
         let now = now.at(&core.clock);
         // Not from the word: a busy one names no generation.
         let machine = core.machine();
-        machine.generation() == word::generation(self.word) && machine.holds(*lease, now)
+        machine.generation() == word::generation(self.word.get()) && machine.holds(*lease, now)
     }
 
+    /// The call of a readied service begins now: what it waited to be ready does not make it slow.
+    pub(super) fn begin(&mut self, now: &Reading) {
+        if let Some(core) = self.core() {
+            self.started = now.at(&core.clock);
+        }
+    }
+}
+/// A permit taken apart, for what is rare at the end of a call.
+struct Parts {
+    word: NonZeroU64,
+    standing: Option<Arc<Core>>,
+    lease: Option<Box<Lease>>,
+    started: Timestamp,
+}
+
+/// The share of a permit, unless it is settled.
+fn share(word: NonZeroU64, standing: Option<Arc<Core>>) -> Option<Share<Core>> {
+    (word != word::NOBODYS).then(|| Share::of(word::seat(word.get()), standing))
+}
+
+impl Parts {
     #[cold]
     #[inline(never)]
-    fn abandon(&mut self) {
+    fn abandon(self) {
         let end = if std::thread::panicking() {
             End::Verdict(Outcome::Failure.into())
         } else {
             End::Cancelled
         };
-        self.end_as(end, &Reading::new());
-    }
-
-    /// Counts a quick success as done where that is enough; what is left to do is the end of its share.
-    #[inline(never)]
-    fn count(permit: Option<&Self>, now: &Reading) -> Option<Ending> {
-        let Some(Self {
-            share: Some(Share::Sitting(seat)),
-            word: admitted,
-            lease: None,
-            started: None,
-        }) = permit
-        else {
-            return None;
-        };
-        let (hot, generation) = (seat.hot(), word::generation(*admitted));
-        let word = hot.word().load(Ordering::Acquire);
-        let counted = word & (word::MODE | word::COUNTED) == word::CLOSED | word::COUNTED;
-        if !counted || word::generation(word) != generation {
-            return None;
-        }
-        if word & word::WITHIN != 0 {
-            let now = now.at(&Clock::of_kind(word::clock(word))).nanos();
-            let (since, until) = (hot.since().load(Ordering::Acquire), hot.until().load(Ordering::Acquire));
-            if !(since..until).contains(&now) || hot.word().load(Ordering::Acquire) != word {
-                return None;
-            }
-        }
-        seat.count_done(generation).then(|| seat.ending())
+        self.end(end, &Reading::new());
     }
 
     #[cold]
     #[inline(never)]
-    fn end(permit: &mut Option<Self>, end: End, now: &Reading) {
-        if let Some(mut permit) = permit.take() {
-            permit.end_as(end, now);
-        }
-    }
-
-    fn end_as(&mut self, end: End, reading: &Reading) {
-        let Some(share) = self.share.take() else {
+    fn end(self, end: End, reading: &Reading) {
+        let Some(mut share) = share(self.word, self.standing) else {
             return;
         };
-        let (admitted, lease, started) = (self.word, self.lease.take(), self.started);
+        let (admitted, lease) = (self.word.get(), self.lease);
         let core = share.state();
-        let long = started.is_some_and(|started| {
-            let took = reading.at(&core.clock).nanos().saturating_sub(started.nanos());
+        let long = admitted & word::TIMED != 0 && {
+            let took = reading.at(&core.clock).nanos().saturating_sub(self.started.nanos());
             took >= share.hot().slow().load(Ordering::Relaxed)
-        });
+        };
         let (verdict, cancelled) = match end {
             End::Verdict(verdict) => (verdict, false),
             End::Cancelled => (core.machine().settings().cancelled.into(), true),
         };
         // A call that its classifier wants ignored says nothing, however long it took.
         let slow = long && (cancelled || verdict.outcome != Outcome::Ignored);
-        share.add(
-            match verdict.outcome {
-                Outcome::Success => counter::SUCCESS,
-                Outcome::Failure => counter::FAILURE,
-                Outcome::Ignored if cancelled => counter::CANCELLED,
-                Outcome::Ignored => counter::IGNORED,
-            },
-            1,
-        );
         if slow {
             share.add(counter::SLOW, 1);
         }
+        share.count_and_renew(match verdict.outcome {
+            Outcome::Success => counter::SUCCESS,
+            Outcome::Failure => counter::FAILURE,
+            Outcome::Ignored if cancelled => counter::CANCELLED,
+            Outcome::Ignored => counter::IGNORED,
+        });
         let generation = word::generation(admitted);
         let word = share.hot().word().load(Ordering::Acquire);
         let current = word::generation(word) == generation || word & word::MODE == word::BUSY;
@@ -177,6 +189,51 @@ impl CircuitBreakerPermit {
             ((), machine.record(ended, now))
         });
     }
+
+    #[cold]
+    #[inline(never)]
+    fn unused(self, reading: &Reading) {
+        let Some(share) = share(self.word, self.standing) else {
+            return;
+        };
+        if let Some(lease) = self.lease {
+            let core = share.state();
+            core.step(reading.at(&core.clock), |machine| (machine.release(*lease), None));
+        }
+    }
+}
+
+/// After how many counted successes a thread tells the machine of them: it may have become clean.
+const UNTOLD: u64 = 256;
+
+/// Counts a quick success as done where that is enough. Tells how many this thread has done in the generation; zero if it is not
+/// enough.
+#[inline(never)]
+fn count(admitted: u64, now: &Reading) -> u64 {
+    let seat = ManuallyDrop::new(Sitting::of(word::seat(admitted)));
+    let (hot, generation) = (seat.hot(), word::generation(admitted));
+    let word = hot.word().load(Ordering::Acquire);
+    let counted = word & (word::MODE | word::COUNTED) == word::CLOSED | word::COUNTED;
+    if !counted || word::generation(word) != generation {
+        return 0;
+    }
+    if word & word::WITHIN != 0 {
+        let now = now.at(&Clock::of_kind(word::clock(word))).nanos();
+        let (since, until) = (hot.since().load(Ordering::Acquire), hot.until().load(Ordering::Acquire));
+        if !(since..until).contains(&now) || hot.word().load(Ordering::Acquire) != word {
+            return 0;
+        }
+    }
+    seat.count_done(generation)
+}
+
+/// Has the machine record what was counted.
+#[cold]
+#[inline(never)]
+fn tell(seat: Sitting, now: &Reading) {
+    let share = Share::<Core>::Sitting(seat);
+    let core = share.state();
+    core.step(now.at(&core.clock), |_| ((), None));
 }
 
 #[derive(Clone, Copy)]
@@ -186,42 +243,54 @@ enum End {
 }
 
 impl Permit for CircuitBreakerPermit {
-    fn settle(self, verdict: Verdict, now: &Reading) {
-        Self::settle_in_place(&mut Some(self), verdict, now);
-    }
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
-    fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
-        // A success that would change nothing but its counter: the word is the one that admitted the call, and clean.
-        if let Some(Self {
-            share: Some(Share::Sitting(seat)),
-            word: admitted,
-            ..
-        }) = permit
-            && verdict.outcome == Outcome::Success
-            && *admitted & (word::MODE | word::CLEAN | word::TIMED) == word::CLOSED | word::CLEAN
-            && seat.hot().word().load(Ordering::Acquire) == *admitted
-        {
-            let ending = seat.ending();
-            std::mem::forget(permit.take());
-            ending.count_and_end(counter::SUCCESS);
-        } else if verdict.outcome == Outcome::Success
-            && let Some(ending) = Self::count(permit.as_ref(), now)
-        {
-            std::mem::forget(permit.take());
-            ending.count_and_end(counter::SUCCESS);
-        } else {
-            Self::end(permit, End::Verdict(verdict), now);
+    fn settle(mut self, verdict: Verdict, now: &Reading) {
+        if !self.settle_quickly(&verdict, now) {
+            self.take().end(End::Verdict(verdict), now);
         }
     }
-    fn cancel(self, _: Option<u32>, now: &Reading) {
-        Self::end(&mut Some(self), End::Cancelled, now);
+
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn settle_quickly(&mut self, verdict: &Verdict, now: &Reading) -> bool {
+        // Of a success in a seat, whose length does not matter; a probe's word is not one of a closed circuit.
+        const PLAIN: u64 = word::MODE | word::SEATED | word::TIMED;
+
+        let admitted = self.word.get();
+        if verdict.outcome != Outcome::Success || admitted & PLAIN != word::CLOSED | word::SEATED {
+            return false;
+        }
+        let seat = ManuallyDrop::new(Sitting::of(word::seat(admitted)));
+        // It would change nothing but its counter: the word is the one that admitted the call, and clean.
+        if admitted & word::CLEAN != 0 && seat.hot().word().load(Ordering::Acquire) == admitted {
+            self.word = word::NOBODYS;
+            seat.ending().count_and_end(counter::SUCCESS);
+            return true;
+        }
+        let done = count(admitted, now);
+        if done == 0 {
+            return false;
+        }
+        self.word = word::NOBODYS;
+        let untold = done.is_multiple_of(UNTOLD).then(|| seat.another());
+        seat.ending().count_and_end(counter::SUCCESS);
+        if let Some(seat) = untold {
+            tell(seat, now);
+        }
+        true
     }
+
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn cancel(mut self, _: Option<u32>, now: &Reading) {
+        self.take().end(End::Cancelled, now);
+    }
+
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn unused(mut self, now: &Reading) {
-        if let (Some(share), Some(lease)) = (self.share.take(), self.lease.take()) {
-            let core = share.state();
-            core.step(now.at(&core.clock), |machine| (machine.release(*lease), None));
-        }
+        self.take().unused(now);
     }
 }
 
@@ -229,8 +298,8 @@ impl Drop for CircuitBreakerPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn drop(&mut self) {
-        if self.share.is_some() {
-            self.abandon();
+        if self.word != word::NOBODYS {
+            self.take().abandon();
         }
     }
 }
@@ -238,8 +307,8 @@ impl Drop for CircuitBreakerPermit {
 impl fmt::Debug for CircuitBreakerPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CircuitBreakerPermit")
-            .field("service", &self.share.as_ref().map(|share| share.state().name.clone()))
-            .field("generation", &word::generation(self.word))
+            .field("service", &self.core().map(|core| core.name.clone()))
+            .field("generation", &word::generation(self.word.get()))
             .field("probe", &self.lease.is_some())
             .finish_non_exhaustive()
     }
@@ -268,10 +337,7 @@ impl Reservation {
             Permit::unused(permit, now);
             return None;
         }
-        // What it waited to be ready does not make it slow.
-        if let (Some(started), Some(share)) = (&mut permit.started, &permit.share) {
-            *started = now.at(&share.state().clock);
-        }
+        permit.begin(now);
         Some(permit)
     }
 

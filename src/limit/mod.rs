@@ -1,6 +1,7 @@
 //! Rate limiters: one handle over three algorithms, its permits, and its waiting line.
 
 mod acquire;
+mod admitted;
 mod adaptive;
 mod algorithm;
 mod backoff;
@@ -30,6 +31,7 @@ use crate::{
     stripe::{Home, Homed, Share, Striped},
     subscribe::Events,
 };
+use admitted::Admitted;
 use algorithm::{Admission, State, View};
 use queue::Queue;
 use status::Seen;
@@ -37,15 +39,18 @@ use std::{fmt, future::Future, time::Duration};
 
 /// The striped counters, by index.
 mod counter {
-    pub(super) const ACCEPTED: usize = 0;
-    pub(super) const ACCEPTED_COST: usize = 1;
-    pub(super) const RETURNED: usize = 2;
-    pub(super) const REJECTED_OVER_LIMIT: usize = 3;
-    pub(super) const REJECTED_COST: usize = 4;
+    /// An end of a share; see the stripes.
+    pub(super) const RETURNED: usize = 0;
+    /// Calls admitted that cost one token, those that cost another number, and what the latter cost together.
+    pub(super) const ACCEPTED_ONE: usize = 4;
+    pub(super) const ACCEPTED_OTHER: usize = 5;
+    pub(super) const ACCEPTED_COST: usize = 6;
+    pub(super) const REJECTED_OVER_LIMIT: usize = 7;
+    pub(super) const REJECTED_COST: usize = 8;
     /// Of keyed limiters: calls that met the overflow, calls without a key that met a shared quota or none, and those rejected.
-    pub(super) const OVERFLOWED: usize = 5;
-    pub(super) const KEYLESS: usize = 6;
-    pub(super) const REJECTED_KEYLESS: usize = 7;
+    pub(super) const OVERFLOWED: usize = 9;
+    pub(super) const KEYLESS: usize = 10;
+    pub(super) const REJECTED_KEYLESS: usize = 11;
 }
 
 /// The name of a limit that has none.
@@ -351,20 +356,17 @@ impl RateLimiter {
         }
     }
 
-    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
-    #[inline(always)]
     fn permit(&self, admission: Admission, cost: u32) -> RateLimitPermit {
-        let counts = [(counter::ACCEPTED, 1), (counter::ACCEPTED_COST, cost.into())];
-        RateLimitPermit {
-            learns: self.shared.state.learns(),
-            share: Some(self.shared.count_and_share(counts)),
-            cost,
-            admission,
-            estimated: false,
-        }
+        self.permit_that(self.shared.state.learns(), admission, cost)
     }
 
-    /// Leave to make one call now, if a look is enough; otherwise nothing has happened.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn permit_that(&self, learns: bool, admission: Admission, cost: u32) -> RateLimitPermit {
+        RateLimitPermit(Admitted::new(&self.shared, admission, cost, learns))
+    }
+
+    /// Leave to make one call now, if a look is enough; otherwise nothing has happened. Never of a limiter that learns.
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     pub(crate) fn glance(&self, now: &Reading) -> Option<RateLimitPermit> {
@@ -373,7 +375,7 @@ impl RateLimiter {
             return None;
         }
         let admission = core.state.take_one_at_a_glance(|| now.at(&core.clock))?;
-        Some(self.permit(admission, 1))
+        Some(self.permit_that(false, admission, 1))
     }
 
     /// Counts a rejection and tells the listeners. Called once for every call that was rejected.
@@ -615,21 +617,12 @@ impl fmt::Debug for RateLimiter {
 /// permit.settle(Outcome::Success);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub struct RateLimitPermit {
-    /// `None` once it has ended.
-    share: Option<Share<Core>>,
-    cost: u32,
-    admission: Admission,
-    /// Whether the cost was told from the request: then a meter's word corrects it.
-    estimated: bool,
-    /// Whether the limiter wants to know how the call ends.
-    learns: bool,
-}
+pub struct RateLimitPermit(Admitted<Core>);
 
 impl RateLimitPermit {
     /// A permit whose cost was an estimate.
     pub(crate) fn estimated(mut self) -> Self {
-        self.estimated = true;
+        self.0.estimated = true;
         self
     }
 
@@ -647,91 +640,80 @@ impl RateLimitPermit {
     /// What the permit took from the limit.
     #[must_use]
     pub fn cost(&self) -> u32 {
-        self.cost
+        self.0.cost
+    }
+
+    /// Tells the limiter how the call ended, if it wants to know.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn end(&mut self, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
+        let reserved = self.0.cost;
+        let cost = cost.filter(|cost| *cost != reserved);
+        if let Some((share, asked)) = self.0.take()
+            && (asked || cost.is_some())
+        {
+            teach(share, reserved, outcome, cost, now);
+        }
     }
 }
 
-impl RateLimitPermit {
-    /// Tells the limiter how the call ended, if it wants to know.
-    #[inline]
-    fn end(&mut self, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
-        let cost = cost.filter(|cost| *cost != self.cost);
-        // Ended here or there: afterwards the permit has nothing to say.
-        if let Some(share) = self.share.take()
-            && (self.learns || cost.is_some())
-        {
-            self.teach(&share.state(), outcome, cost, now);
-        }
-    }
+/// Ends a share with what the limiter wants to know: the true cost, and of an adaptive one the outcome.
+#[cold]
+#[inline(never)]
+fn teach(share: Share<Core>, reserved: u32, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
+    let core = share.state();
+    core.correct(reserved, cost, now);
+    core.learn(outcome.unwrap_or_else(|| core.algorithm.cancelled()), now);
+}
 
-    #[cold]
-    #[inline(never)]
-    fn teach(&self, core: &Core, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
-        core.correct(self.cost, cost, now);
-        core.learn(outcome.unwrap_or_else(|| core.algorithm.cancelled()), now);
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn abandon(&mut self) {
-        let failed = std::thread::panicking().then_some(Outcome::Failure);
-        self.end(failed, None, &Reading::new());
-    }
+/// How a call ended that nobody settled.
+fn abandoned() -> Option<Outcome> {
+    std::thread::panicking().then_some(Outcome::Failure)
 }
 
 impl Permit for RateLimitPermit {
-    #[inline]
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn settle(mut self, verdict: Verdict, now: &Reading) {
-        let metered = verdict.metered.filter(|_| self.estimated);
+        let metered = verdict.metered.filter(|_| self.0.estimated);
         self.end(Some(verdict.outcome), verdict.cost.or(metered), now);
     }
 
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
-    fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
-        if let Some(Self {
-            share: Some(Share::Sitting(seat)),
-            learns: false,
-            ..
-        }) = permit
-            && verdict.cost.is_none()
-            && verdict.metered.is_none()
-        {
-            let ending = seat.ending();
-            std::mem::forget(permit.take());
-            ending.end();
-        } else if let Some(permit) = permit.take() {
-            Permit::settle(permit, verdict, now);
-        }
+    fn settle_quickly(&mut self, verdict: &Verdict, _: &Reading) -> bool {
+        self.0.settle_quickly(verdict)
     }
 
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn cancel(mut self, cost: Option<u32>, now: &Reading) {
-        let cost = cost.filter(|_| self.estimated);
+        let cost = cost.filter(|_| self.0.estimated);
         self.end(None, cost, now);
     }
 
     fn quotas(&self, now: &Reading, tell: &mut dyn FnMut(Quota)) {
-        if let Some(share) = &self.share {
-            let core = share.state();
+        if let Some(core) = self.0.state() {
             tell(core.quota(now.at(&core.clock)));
         }
     }
 
     fn unused(mut self, now: &Reading) {
-        if let Some(share) = self.share.take() {
+        if let Some((mut share, _)) = self.0.take() {
             let core = share.state();
-            if core.give_back(self.admission, self.cost, now.at(&core.clock)) {
-                share.add(counter::RETURNED, 1);
+            if core.give_back(self.0.admission, self.0.cost, now.at(&core.clock)) {
+                share.count_and_renew(counter::RETURNED);
             }
         }
     }
 }
 
 impl Drop for RateLimitPermit {
-    #[inline]
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn drop(&mut self) {
-        if self.learns && self.share.is_some() {
-            self.abandon();
+        if let Some((share, true)) = self.0.take() {
+            teach(share, self.0.cost, abandoned(), None, &Reading::new());
         }
     }
 }
@@ -739,8 +721,8 @@ impl Drop for RateLimitPermit {
 impl fmt::Debug for RateLimitPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RateLimitPermit")
-            .field("limit", &self.share.as_ref().map(|share| share.state().limit.clone()))
-            .field("cost", &self.cost)
+            .field("limit", &self.0.state().map(|core| core.limit.clone()))
+            .field("cost", &self.0.cost)
             .finish_non_exhaustive()
     }
 }

@@ -155,7 +155,8 @@ impl RateLimiterStatus {
             cost_exceeds_burst: count(counter::REJECTED_COST),
             missing_key: count(counter::REJECTED_KEYLESS),
         };
-        let accepted_requests = count(counter::ACCEPTED);
+        let accepted_one = count(counter::ACCEPTED_ONE);
+        let accepted_requests = accepted_one + count(counter::ACCEPTED_OTHER);
         let rejected_requests = rejected.over_limit + rejected.cost_exceeds_burst + rejected.missing_key;
         Self {
             service: seen.service.clone(),
@@ -168,7 +169,7 @@ impl RateLimiterStatus {
             retry_after: seen.retry_after,
             waiting: seen.waiting,
             accepted_requests,
-            accepted_cost: count(counter::ACCEPTED_COST),
+            accepted_cost: accepted_one + count(counter::ACCEPTED_COST),
             returned_requests: count(counter::RETURNED),
             rejected_requests,
             rejected,

@@ -108,6 +108,8 @@ pub enum Readiness<R> {
 
 impl<R> Readiness<R> {
     /// Both, if this does not refuse.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn and<S>(self, other: impl FnOnce() -> Readiness<S>) -> Readiness<(R, S)> {
         let (first, waits) = match self {
             Self::Ready(first) => (first, false),
@@ -441,6 +443,7 @@ impl<Req> Policy<Req> for RateLimiter {
 impl<A: Gate, B: Gate> Gate for (A, B) {
     type Reserved = (A::Reserved, B::Reserved);
 
+    #[inline]
     fn reserve(&self, held: Option<Self::Reserved>, now: &Reading, cx: &mut Context<'_>) -> Readiness<Self::Reserved> {
         let (first, second) = held.unzip();
         // A refusal by the second drops, and so returns, what the first reserved.

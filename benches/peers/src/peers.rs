@@ -138,7 +138,7 @@ pub(crate) fn accepting() -> Vec<Row> {
             Candidate::plain(move |_| {
                 let limiter = called.clone();
                 move || {
-                    settle(limiter.acquire_one());
+                    settle(limiter.acquire_one(), |()| ());
                     true
                 }
             })
@@ -282,7 +282,7 @@ fn circuitbreaker_rs(breaker: &CircuitBreakerRs, state: circuitbreaker_rs::State
 fn tower_resilience(config: CircuitBreakerConfigBuilder<DefaultClassifier>, state: CircuitState) -> Candidate {
     let (layer, handle) = shared(config);
     if state == CircuitState::Open {
-        settle(handle.force_open());
+        settle(handle.force_open(), |_| ());
     }
     Candidate::service(layer).check(move |_| same("state", &handle.state(), &state))
 }

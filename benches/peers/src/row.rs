@@ -150,7 +150,7 @@ impl Candidate {
     {
         Self::plain(move |_| {
             let mut service = layer.layer(Echo);
-            move || ask(&mut service, 1).is_ok()
+            move || ask(&mut service, 1, is_ok)
         })
         .sized::<<L::Service as Service<u32>>::Future, Echo, u32>()
     }
@@ -163,7 +163,7 @@ impl Candidate {
     {
         Self::plain(move |_| {
             let service = layer.layer(Echo);
-            move || ask(&mut service.clone(), 1).is_ok()
+            move || ask(&mut service.clone(), 1, is_ok)
         })
         .sized::<<L::Service as Service<u32>>::Future, Echo, u32>()
     }
@@ -177,7 +177,7 @@ impl Candidate {
         Self::plain(move |_| {
             let mut service = layer.layer(Echo);
             let mut mix = Mix::new(one_in);
-            move || ask(&mut service, mix.next()).is_ok()
+            move || ask(&mut service, mix.next(), is_ok)
         })
         .sized::<<L::Service as Service<u32>>::Future, Echo, u32>()
     }
@@ -191,7 +191,7 @@ impl Candidate {
         Self::plain(move |thread| {
             let mut service = layer.layer(Echo);
             let mut keys = Keys::new(keys, thread);
-            move || ask(&mut service, keys.next()).is_ok()
+            move || ask(&mut service, keys.next(), is_ok)
         })
         .sized::<<L::Service as Service<u32>>::Future, Echo, u32>()
     }
@@ -204,7 +204,9 @@ impl Candidate {
     {
         Self::plain(move |_| {
             let mut service = layer.layer(Web);
-            move || ask(&mut service, Request::new(())).is_ok_and(|response| response.status() == 200)
+            move || ask(&mut service, Request::new(()), |answer| {
+                answer.as_ref().is_ok_and(|response| response.status() == 200)
+            })
         })
         .sized::<<L::Service as Service<Request>>::Future, Web, Request>()
     }
@@ -224,30 +226,40 @@ fn batch(mut step: impl FnMut() -> bool + Send + 'static) -> Batch {
     })
 }
 
-/// One call of a tower service.
+fn is_ok<T, E>(answer: &Result<T, E>) -> bool {
+    answer.is_ok()
+}
+
+/// One call of a tower service, and whether its answer is good. The answer is looked at where it is: to move it would be counted
+/// with the call.
 #[inline]
-fn ask<S: Service<R>, R>(service: &mut S, request: R) -> Result<S::Response, S::Error> {
+fn ask<S: Service<R>, R>(
+    service: &mut S,
+    request: R,
+    is_good: impl FnOnce(&Result<S::Response, S::Error>) -> bool,
+) -> bool {
     let mut cx = Context::from_waker(Waker::noop());
     let mut waiting = Waiting::default();
     loop {
         match service.poll_ready(&mut cx) {
-            Poll::Ready(ready) => break ready?,
+            Poll::Ready(Ok(())) => break,
+            Poll::Ready(Err(_)) => return false,
             Poll::Pending => waiting.go_on(),
         }
     }
-    black_box(settle(service.call(black_box(request))))
+    black_box(settle(service.call(black_box(request)), is_good))
 }
 
 /// Polls until it is ready. Ours is at once; a peer whose lock another thread holds is polled again, which costs it less than
 /// being woken by a runtime.
 #[inline]
-pub(crate) fn settle<F: Future>(future: F) -> F::Output {
+pub(crate) fn settle<F: Future, T>(future: F, look: impl FnOnce(&F::Output) -> T) -> T {
     let mut cx = Context::from_waker(Waker::noop());
     let mut future = pin!(future);
     let mut waiting = Waiting::default();
     loop {
         match future.as_mut().poll(&mut cx) {
-            Poll::Ready(output) => break output,
+            Poll::Ready(output) => return look(&output),
             Poll::Pending => waiting.go_on(),
         }
     }

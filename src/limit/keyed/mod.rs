@@ -7,7 +7,8 @@ mod map;
 mod table;
 
 use super::{
-    Algorithm, RateLimiterStatus,
+    Algorithm, RateLimiterStatus, abandoned,
+    admitted::Admitted,
     algorithm::{Admission, State, View},
     counter,
     status::{KeyStatus, KeysStatus, Seen},
@@ -359,14 +360,10 @@ impl KeyedRateLimiter {
 
     #[inline]
     fn permit(&self, place: Place, cost: u32, admission: Admission) -> KeyedPermit {
-        let counts = [(counter::ACCEPTED, 1), (counter::ACCEPTED_COST, cost.into())];
+        let learns = matches!(self.set.algorithm, Algorithm::Adaptive(_));
         KeyedPermit {
-            learns: matches!(self.set.algorithm, Algorithm::Adaptive(_)),
-            share: Some(self.set.count_and_share(counts)),
+            admitted: Admitted::new(&self.set, admission, cost, learns),
             place,
-            cost,
-            admission,
-            estimated: false,
         }
     }
 
@@ -593,15 +590,8 @@ impl fmt::Debug for KeyedRateLimiter {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct KeyedPermit {
-    /// `None` once it has ended.
-    share: Option<Share<Set>>,
+    admitted: Admitted<Set>,
     place: Place,
-    cost: u32,
-    admission: Admission,
-    /// Whether the cost was told from the request: then a meter's word corrects it.
-    estimated: bool,
-    /// Whether the limiter wants to know how the call ends.
-    learns: bool,
 }
 
 impl KeyedPermit {
@@ -618,114 +608,108 @@ impl KeyedPermit {
     /// What the permit took from the key's quota.
     #[must_use]
     pub fn cost(&self) -> u32 {
-        self.cost
+        self.admitted.cost
     }
 
     /// A permit whose cost was an estimate.
     pub(crate) fn estimated(mut self) -> Self {
-        self.estimated = true;
+        self.admitted.estimated = true;
         self
     }
 
     /// A permit of a limit that counts calls.
     pub(crate) fn counting(mut self) -> Self {
-        self.estimated = false;
+        self.admitted.estimated = false;
         self
     }
 
     /// Tells the key's limiter how the call ended, if it wants to know.
-    #[inline]
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn end(&mut self, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
-        let cost = cost.filter(|cost| *cost != self.cost);
-        if let Some(share) = self.share.take()
-            && (self.learns || cost.is_some())
+        let reserved = self.admitted.cost;
+        let cost = cost.filter(|cost| *cost != reserved);
+        if let Some((share, asked)) = self.admitted.take()
+            && (asked || cost.is_some())
         {
-            self.teach(&share.state(), outcome, cost, now);
+            teach(share, self.place, reserved, outcome, cost, now);
         }
     }
+}
 
-    #[cold]
-    #[inline(never)]
-    fn teach(&self, set: &Set, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
-        let now = now.at(&set.clock);
-        if let Some(cost) = cost {
-            let correct = |view: View<'_>| {
-                view.roll(now);
-                view.correct(self.cost, cost, now);
-            };
-            if cost > self.cost && self.place != Place::OVERFLOW {
-                set.with_or_add(self.place.0, now, correct);
-            } else {
-                set.at(self.place, correct);
-            }
-        }
-        if self.learns {
-            set.at(self.place, |view| {
-                view.roll(now);
-                view.learn(outcome.unwrap_or_else(|| set.algorithm.cancelled()));
-            });
+/// Ends a share with what the key's limiter wants to know: the true cost, and of an adaptive one the outcome.
+#[cold]
+#[inline(never)]
+fn teach(
+    share: Share<Set>,
+    place: Place,
+    reserved: u32,
+    outcome: Option<Outcome>,
+    cost: Option<u32>,
+    now: &Reading,
+) {
+    let set = share.state();
+    let now = now.at(&set.clock);
+    if let Some(cost) = cost {
+        let correct = |view: View<'_>| {
+            view.roll(now);
+            view.correct(reserved, cost, now);
+        };
+        if cost > reserved && place != Place::OVERFLOW {
+            set.with_or_add(place.0, now, correct);
+        } else {
+            set.at(place, correct);
         }
     }
-
-    #[cold]
-    #[inline(never)]
-    fn abandon(&mut self) {
-        let failed = std::thread::panicking().then_some(Outcome::Failure);
-        self.end(failed, None, &Reading::new());
+    if matches!(set.algorithm, Algorithm::Adaptive(_)) {
+        set.at(place, |view| {
+            view.roll(now);
+            view.learn(outcome.unwrap_or_else(|| set.algorithm.cancelled()));
+        });
     }
 }
 
 impl Permit for KeyedPermit {
-    #[inline]
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn settle(mut self, verdict: Verdict, now: &Reading) {
-        let metered = verdict.metered.filter(|_| self.estimated);
+        let metered = verdict.metered.filter(|_| self.admitted.estimated);
         self.end(Some(verdict.outcome), verdict.cost.or(metered), now);
     }
 
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
-    fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
-        if let Some(Self {
-            share: Some(Share::Sitting(seat)),
-            learns: false,
-            ..
-        }) = permit
-            && verdict.cost.is_none()
-            && verdict.metered.is_none()
-        {
-            let ending = seat.ending();
-            std::mem::forget(permit.take());
-            ending.end();
-        } else if let Some(permit) = permit.take() {
-            Permit::settle(permit, verdict, now);
-        }
+    fn settle_quickly(&mut self, verdict: &Verdict, _: &Reading) -> bool {
+        self.admitted.settle_quickly(verdict)
     }
 
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn cancel(mut self, cost: Option<u32>, now: &Reading) {
-        let cost = cost.filter(|_| self.estimated);
+        let cost = cost.filter(|_| self.admitted.estimated);
         self.end(None, cost, now);
     }
 
     fn unused(mut self, now: &Reading) {
-        let Some(share) = self.share.take() else {
+        let Some((mut share, _)) = self.admitted.take() else {
             return;
         };
         let set = share.state();
         let now = now.at(&set.clock);
+        let Admitted { admission, cost, .. } = self.admitted;
         let taken_back = set.at(self.place, |view| {
             view.roll(now);
-            view.give_back(self.admission, self.cost, now)
+            view.give_back(admission, cost, now)
         });
-        if self.cost == 0 || taken_back == Some(true) {
-            share.add(counter::RETURNED, 1);
+        if cost == 0 || taken_back == Some(true) {
+            share.count_and_renew(counter::RETURNED);
         }
     }
 
     fn quotas(&self, now: &Reading, tell: &mut dyn FnMut(Quota)) {
-        let Some(share) = &self.share else {
+        let Some(set) = self.admitted.state() else {
             return;
         };
-        let set = share.state();
         let now = now.at(&set.clock);
         let told = set.at(self.place, |view| {
             let reset = view.full_again(now).duration_since(now);
@@ -739,10 +723,11 @@ impl Permit for KeyedPermit {
 }
 
 impl Drop for KeyedPermit {
-    #[inline]
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     fn drop(&mut self) {
-        if self.learns && self.share.is_some() {
-            self.abandon();
+        if let Some((share, true)) = self.admitted.take() {
+            teach(share, self.place, self.admitted.cost, abandoned(), None, &Reading::new());
         }
     }
 }
@@ -750,8 +735,8 @@ impl Drop for KeyedPermit {
 impl fmt::Debug for KeyedPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KeyedPermit")
-            .field("limit", &self.share.as_ref().map(|share| share.state().limit.clone()))
-            .field("cost", &self.cost)
+            .field("limit", &self.admitted.state().map(|set| set.limit.clone()))
+            .field("cost", &self.admitted.cost)
             .finish_non_exhaustive()
     }
 }
