@@ -393,6 +393,23 @@ impl Future for Sleep {
     }
 }
 
+/// The time now, read when it is asked for: a step that needs none does not pay for it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Now<'a> {
+    At(Timestamp),
+    Asked(&'a Reading, &'a Clock),
+}
+
+impl Now<'_> {
+    #[inline]
+    pub(crate) fn get(self) -> Timestamp {
+        match self {
+            Self::At(now) => now,
+            Self::Asked(reading, clock) => reading.at(clock),
+        }
+    }
+}
+
 /// One request's reading of the clock: taken when first asked for, then shared by every policy on the same clock.
 #[derive(Debug, Default)]
 pub struct Reading(Cell<Option<(usize, Timestamp)>>);

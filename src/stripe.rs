@@ -43,7 +43,8 @@ use crate::sync::{
 use std::{
     any::Any,
     cell::Cell,
-    ops::{Deref, Range},
+    marker::PhantomData,
+    ops::{Deref, DerefMut, Range},
     sync::{Arc, PoisonError},
 };
 
@@ -151,9 +152,14 @@ struct Seat {
     shared: Line,
     /// By the number of the thread that writes it.
     own: [Line; OWN_LINES],
-    /// The state that sits here, for those who have a share and need more than what is hot.
+    /// What the state keeps under a lock, for those who have a share and record something.
+    kept: Kept,
+    /// The state that sits here, for those who have a share and need all of it.
     state: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
 }
+
+/// What a state keeps under a lock; of a type of its own.
+type Kept = Mutex<Option<Box<dyn Any + Send>>>;
 
 global! {
     static TABLE: [Seat; SEATS] = array![Seat::new(); SEATS];
@@ -180,6 +186,7 @@ impl Seat {
                 hot: Hot::new(),
                 shared: Line::zero(),
                 own: array![Line::zero(); OWN_LINES],
+                kept: Mutex::new(None),
                 state: Mutex::new(None),
             }
         }
@@ -271,7 +278,7 @@ impl Seat {
         if !self.hot.closing.load(Ordering::Acquire) || !self.is_left() {
             return;
         }
-        let left = state.take();
+        let left = (lock(&self.kept).take(), state.take());
         let hot = self.hot.words.iter();
         let counts = self.lines().flat_map(|line| &line.0);
         hot.chain(counts).for_each(|word| word.store(0, Ordering::Relaxed));
@@ -286,59 +293,122 @@ impl Seat {
     }
 }
 
-/// Where a state keeps what the fast paths read, and its counters.
+/// Where a state keeps what the fast paths read, its counters, and what it changes under a lock.
 pub(crate) struct Home(HomeKind);
 
 enum HomeKind {
-    Seat(u8, &'static Seat),
+    Seat(u8),
     Standing(Box<Standing>),
 }
 
-struct Standing {
+pub(crate) struct Standing {
     hot: Hot,
     line: Line,
+    kept: Kept,
 }
 
 impl Home {
     #[inline]
-    pub(crate) fn hot(&self) -> &Hot {
+    pub(crate) fn place(&self) -> Place<'_> {
         match &self.0 {
-            HomeKind::Seat(_, seat) => &seat.hot,
-            HomeKind::Standing(standing) => &standing.hot,
-        }
-    }
-
-    /// Adds to one of the counters.
-    #[inline]
-    pub(crate) fn add(&self, counter: usize, n: u64) {
-        match &self.0 {
-            HomeKind::Seat(_, seat) => seat.add(counter, n),
-            HomeKind::Standing(standing) => standing.line.add_as_one_of_many(counter, n),
+            HomeKind::Seat(number) => Place::Seat(Seat::numbered(*number)),
+            HomeKind::Standing(standing) => Place::Standing(standing),
         }
     }
 
     /// The number of the seat, in which threads have lines of their own.
     pub(crate) fn seat(&self) -> Option<u8> {
         match self.0 {
-            HomeKind::Seat(number, _) => Some(number),
+            HomeKind::Seat(number) => Some(number),
             HomeKind::Standing(_) => None,
         }
     }
 
-    /// What all threads together have done in a generation that is not over. It only grows.
-    pub(crate) fn done(&self, generation: u64) -> u64 {
-        match &self.0 {
-            HomeKind::Seat(_, seat) => seat.lines().map(|line| line.done(generation)).sum(),
-            HomeKind::Standing(_) => 0,
-        }
+    /// Keeps this under the lock; see [`Place::lock`].
+    pub(crate) fn keep(&self, kept: impl Any + Send) {
+        *lock(self.place().kept()) = Some(Box::new(kept));
     }
 
     /// The sum of one counter over all lines. It never falls between two calls.
     pub(crate) fn sum(&self, counter: usize) -> u64 {
-        match &self.0 {
-            HomeKind::Seat(_, seat) => seat.sum(counter),
-            HomeKind::Standing(standing) => standing.line.0[counter].load(Ordering::Relaxed),
+        match self.place() {
+            Place::Seat(seat) => seat.sum(counter),
+            Place::Standing(standing) => standing.line.0[counter].load(Ordering::Relaxed),
         }
+    }
+}
+
+/// A home, for whoever has a handle or a share.
+#[derive(Clone, Copy)]
+pub(crate) enum Place<'a> {
+    #[expect(private_interfaces, reason = "nobody else looks into it")]
+    Seat(&'static Seat),
+    Standing(&'a Standing),
+}
+
+impl<'a> Place<'a> {
+    #[inline]
+    pub(crate) fn hot(self) -> &'a Hot {
+        match self {
+            Self::Seat(seat) => &seat.hot,
+            Self::Standing(standing) => &standing.hot,
+        }
+    }
+
+    fn kept(self) -> &'a Kept {
+        match self {
+            Self::Seat(seat) => &seat.kept,
+            Self::Standing(standing) => &standing.kept,
+        }
+    }
+
+    /// Locks what [`Home::keep`] was given. No user code may run under the lock: one that is poisoned was left whole.
+    #[inline]
+    pub(crate) fn lock<T: Any>(self) -> Locked<'a, T> {
+        Locked {
+            kept: lock(self.kept()),
+            of: PhantomData,
+        }
+    }
+
+    /// Adds to one of the counters.
+    #[inline]
+    pub(crate) fn add(self, counter: usize, n: u64) {
+        match self {
+            Self::Seat(seat) => seat.add(counter, n),
+            Self::Standing(standing) => standing.line.add_as_one_of_many(counter, n),
+        }
+    }
+
+    /// What all threads together have done in a generation that is not over. It only grows.
+    pub(crate) fn done(self, generation: u64) -> u64 {
+        match self {
+            Self::Seat(seat) => seat.lines().map(|line| line.done(generation)).sum(),
+            Self::Standing(_) => 0,
+        }
+    }
+}
+
+/// What a state keeps, locked.
+pub(crate) struct Locked<'a, T> {
+    kept: MutexGuard<'a, Option<Box<dyn Any + Send>>>,
+    of: PhantomData<T>,
+}
+
+const KEPT: &str = "what was given to keep is there while there are handles or shares";
+
+impl<T: Any> Deref for Locked<'_, T> {
+    type Target = T;
+    #[inline]
+    fn deref(&self) -> &T {
+        self.kept.as_ref().and_then(|kept| kept.downcast_ref()).expect(KEPT)
+    }
+}
+
+impl<T: Any> DerefMut for Locked<'_, T> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut T {
+        self.kept.as_mut().and_then(|kept| kept.downcast_mut()).expect(KEPT)
     }
 }
 
@@ -372,7 +442,7 @@ impl<T: Homed> Striped<T> {
             return Self::standing(make);
         };
         let seat = Seat::numbered(number);
-        let mut root = Self::with(make, Home(HomeKind::Seat(number, seat)));
+        let mut root = Self::with(make, Home(HomeKind::Seat(number)));
         (root.seat, root.number) = (Some(seat), number);
         *lock(&seat.state) = Some(root.state.clone());
         Self(sync::Arc::new(root))
@@ -383,6 +453,7 @@ impl<T: Homed> Striped<T> {
         let standing = Standing {
             hot: Hot::new(),
             line: Line::zero(),
+            kept: Mutex::new(None),
         };
         let home = Home(HomeKind::Standing(Box::new(standing)));
         Self(sync::Arc::new(Self::with(make, home)))
@@ -405,7 +476,7 @@ impl<T: Homed> Striped<T> {
     pub(crate) fn hot(&self) -> &Hot {
         match self.0.seat {
             Some(seat) => &seat.hot,
-            None => self.0.state.home().hot(),
+            None => self.0.state.home().place().hot(),
         }
     }
 
@@ -414,7 +485,7 @@ impl<T: Homed> Striped<T> {
     pub(crate) fn add(&self, counter: usize, n: u64) {
         match self.0.seat {
             Some(seat) => seat.add(counter, n),
-            None => self.0.state.home().add(counter, n),
+            None => self.0.state.home().place().add(counter, n),
         }
     }
 
@@ -434,7 +505,7 @@ impl<T: Homed> Striped<T> {
 
     #[inline(never)]
     fn count_and_stand(&self, counter: usize) -> Share<T> {
-        self.0.state.home().add(counter, 1);
+        self.0.state.home().place().add(counter, 1);
         Share::Standing(self.0.state.clone())
     }
 
@@ -576,24 +647,15 @@ impl<T: Homed> Share<T> {
                 std::mem::forget(std::mem::replace(sitting, another));
                 ending.count_and_end(counter);
             }
-            Self::Standing(state) => state.home().add(counter, 1),
+            Self::Standing(state) => state.home().place().add(counter, 1),
         }
     }
 
     #[inline]
-    pub(crate) fn hot(&self) -> &Hot {
+    pub(crate) fn place(&self) -> Place<'_> {
         match self {
-            Self::Sitting(sitting) => sitting.hot(),
-            Self::Standing(state) => state.home().hot(),
-        }
-    }
-
-    /// Adds to one of the counters.
-    #[inline]
-    pub(crate) fn add(&self, counter: usize, n: u64) {
-        match self {
-            Self::Sitting(sitting) => sitting.seat().add(counter, n),
-            Self::Standing(state) => state.home().add(counter, n),
+            Self::Sitting(sitting) => Place::Seat(sitting.seat()),
+            Self::Standing(state) => state.home().place(),
         }
     }
 

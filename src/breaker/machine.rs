@@ -6,7 +6,7 @@ use super::{
     window::{FailureTimes, RateWindow, Tally},
 };
 use crate::{
-    clock::{Timestamp, nanos},
+    clock::{Now, Timestamp, nanos},
     permit::{Outcome, Verdict},
     rejected::Reason,
     state::{Override, State, StateTransitions},
@@ -155,7 +155,7 @@ impl Machine {
     /// A success cannot trip where no rate is reached: it only makes the rates smaller, and so do those after it, until a tenth
     /// of a window of time runs out and takes other successes with it. Where a rate is reached, and only the minimum of calls is
     /// not, a success may trip.
-    pub(super) fn quick(&mut self, now: Timestamp) -> Quick {
+    pub(super) fn quick(&mut self, now: Now<'_>) -> Quick {
         match &self.window {
             Some(window) if !window.is_clean() => {
                 if self.is_reached(window.tally(now)) {
@@ -164,7 +164,7 @@ impl Machine {
                 match window {
                     RateWindow::Calls(_) => Quick::Count,
                     RateWindow::Time(window) => {
-                        let (start, end) = window.tenth(now);
+                        let (start, end) = window.tenth(now.get());
                         self.tenth = start;
                         Quick::CountWithin(start, end)
                     }
@@ -196,7 +196,7 @@ impl Machine {
             // A run that nobody watches is counted on and on.
             && (self.consecutive == 0 || self.settings.failure_threshold.is_none())
             && self.times.as_ref().is_none_or(|times| times.within(now) == 0)
-            && self.window.as_ref().is_none_or(|window| blameless(window.tally(now)))
+            && self.window.as_ref().is_none_or(|window| blameless(window.tally(Now::At(now))))
             && self.probes.iter().all(|lease| lease.end <= now)
     }
 
@@ -238,9 +238,9 @@ impl Machine {
     }
 
     /// Makes a due transition real.
-    pub(super) fn advance(&mut self, now: Timestamp) -> Option<Transition> {
+    pub(super) fn advance(&mut self, now: Now<'_>) -> Option<Transition> {
         match self.mode {
-            Mode::Open { until } if self.forced.is_none() && until <= now => {
+            Mode::Open { until } if self.forced.is_none() && until <= now.get() => {
                 self.transitions.open_to_half_open += 1;
                 Some(self.enter(Mode::HalfOpen { successes: 0 }, until))
             }
@@ -293,7 +293,7 @@ impl Machine {
     }
 
     /// Records how a call ended. The result of a call begun in an earlier generation moves nothing.
-    pub(super) fn record(&mut self, ended: Ended, now: Timestamp) -> Option<Transition> {
+    pub(super) fn record(&mut self, ended: Ended, now: Now<'_>) -> Option<Transition> {
         if ended.generation != self.generation || self.forced == Some(Override::Disabled) {
             return None;
         }
@@ -308,7 +308,7 @@ impl Machine {
             Mode::Closed => self.record_closed(failed, ended, now),
             Mode::HalfOpen { .. } if failed || ended.slow => {
                 self.transitions.half_open_to_open += 1;
-                Some(self.open(ended.verdict.retry_after, now))
+                Some(self.open(ended.verdict.retry_after, now.get()))
             }
             Mode::HalfOpen { successes } if successes + 1 < self.settings.success_threshold => {
                 self.mode = Mode::HalfOpen {
@@ -320,14 +320,14 @@ impl Machine {
                 self.transitions.half_open_to_closed += 1;
                 self.trips = 0;
                 self.clear_windows();
-                Some(self.enter(Mode::Closed, now))
+                Some(self.enter(Mode::Closed, now.get()))
             }
             // No call begins while the circuit is open.
             Mode::Open { .. } => None,
         }
     }
 
-    fn record_closed(&mut self, failed: bool, ended: Ended, now: Timestamp) -> Option<Transition> {
+    fn record_closed(&mut self, failed: bool, ended: Ended, now: Now<'_>) -> Option<Transition> {
         // Ignored but slow is no success: it leaves a run of failures alone.
         if failed {
             self.consecutive = self.consecutive.saturating_add(1);
@@ -337,7 +337,7 @@ impl Machine {
         if let Some(times) = &mut self.times
             && failed
         {
-            times.record(now);
+            times.record(now.get());
         }
         if let Some(window) = &mut self.window {
             window.record(failed, ended.slow, now);
@@ -346,14 +346,14 @@ impl Machine {
             return None;
         }
         self.transitions.closed_to_open += 1;
-        Some(self.open(ended.verdict.retry_after, now))
+        Some(self.open(ended.verdict.retry_after, now.get()))
     }
 
-    fn is_tripping(&self, failed: bool, now: Timestamp) -> bool {
+    fn is_tripping(&self, failed: bool, now: Now<'_>) -> bool {
         let settings = &self.settings;
         let consecutive = settings.failure_threshold.is_some_and(|most| self.consecutive >= most);
         // Only a failure adds to these; that a reconfiguration has lowered their numbers is no reason to trip on a success.
-        if failed && (consecutive || self.times.as_ref().is_some_and(|times| times.is_tripping(now))) {
+        if failed && (consecutive || self.times.as_ref().is_some_and(|times| times.is_tripping(now.get()))) {
             return true;
         }
         let Some(tally) = self.window.as_ref().map(|window| window.tally(now)) else {
@@ -503,7 +503,7 @@ impl Machine {
         if let Mode::HalfOpen { successes } = self.mode {
             view.success_count = successes;
         }
-        view.window = self.window.as_ref().map(|window| window.tally(now));
+        view.window = self.window.as_ref().map(|window| window.tally(Now::At(now)));
         view.failure_count = match (&self.settings.failure_threshold, &self.times, view.window) {
             (Some(_), ..) => self.consecutive.into(),
             (None, Some(times), _) => times.within(now) as u64,

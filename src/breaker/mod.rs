@@ -2,7 +2,7 @@
 //!
 //! # How it is kept fast and right
 //!
-//! The truth is a sequential [`Machine`] behind a mutex. What the hot paths need of it is published, by whoever holds the mutex,
+//! The truth is a sequential [`Machine`] behind a mutex, where the breaker's seat is. What the hot paths need of it is published, by whoever holds the mutex,
 //! in one packed *word* that only changes when the machine does; a healthy call reads it twice and writes nothing shared.
 //!
 //! ```text
@@ -13,13 +13,13 @@
 //! bit   6      half-open: what a refusing word refuses for
 //! bit   7      counted: a quick success in this generation need only be counted
 //! bit   8      within: and that only from `since` on and before `until`
-//! bit   9      fast clock: which clock tells that
-//! bit   10     seated: which seat the breaker has tells the word, too
-//! bits 11..19  seat
-//! bits 19..64  generation
+//! bits  9..11  clock: the system's, the fast one, or (zero) one of the user's; always the same in one breaker
+//! bit   11     seated: the breaker has a seat; always the same in one breaker, as is its number
+//! bits 12..20  seat
+//! bits 20..64  generation
 //! ```
 //!
-//! Only [`Core::publish`] writes the word, `until` and `since`, and its caller holds the machine. It stores `BUSY`, then those two with
+//! Only [`publish`] writes the word, `until` and `since`, and its caller holds the machine. It stores `BUSY`, then those two with
 //! Release, which takes `BUSY` along, then the new word with Release, which takes them and `slow` along. Readers load the word,
 //! those two and the word again, each with Acquire: one that saw a newer `until` or `since` sees at least `BUSY` in its second look,
 //! and asks the machine; one that saw the newer word sees what belongs to it. A word may come again within its generation; what was
@@ -49,14 +49,14 @@ pub(crate) use standby::{Standby, nobody};
 pub use status::{CircuitBreakerMetrics, CircuitBreakerStatus, RejectedByCircuit, WindowStatus};
 
 use crate::{
-    clock::{Clock, ClockKind, Reading, Timestamp},
+    clock::{Clock, Now, Reading, Timestamp},
     error::ConfigError,
     event::{Event, EventKind, Hub, Listener, ListenerId},
     name::Name,
     permit::{Outcome, Verdict, run},
     rejected::{Error, Reason, Rejected},
     state::{Override, State},
-    stripe::{Home, Homed, Hot, Striped},
+    stripe::{Home, Homed, Hot, Locked, Place, Striped},
     subscribe::Events,
     sync::{
         Mutex, MutexGuard,
@@ -106,21 +106,38 @@ mod word {
     pub(super) const HALF_OPEN: u64 = 1 << 6;
     pub(super) const COUNTED: u64 = 1 << 7;
     pub(super) const WITHIN: u64 = 1 << 8;
-    pub(super) const FAST_CLOCK: u64 = 1 << 9;
-    pub(super) const SEATED: u64 = 1 << 10;
-    pub(super) const SEAT_SHIFT: u32 = 11;
-    pub(super) const GENERATION_SHIFT: u32 = 19;
+    const CLOCK: u64 = 0b11 << 9;
+    const SYSTEM_CLOCK: u64 = 1 << 9;
+    #[cfg(feature = "fast-clock")]
+    const FAST_CLOCK: u64 = 2 << 9;
+    pub(super) const SEATED: u64 = 1 << 11;
+    const SEAT_SHIFT: u32 = 12;
+    pub(super) const GENERATION_SHIFT: u32 = 20;
+    /// What is always the same in one breaker.
+    pub(super) const CONSTANT: u64 = CLOCK | SEATED | 0xff << SEAT_SHIFT;
     /// In the place of a word, of a permit that has nothing to settle.
     pub(super) const NOBODYS: NonZeroU64 = NonZeroU64::new(DISABLED).expect("no mode is 0");
 
-    /// The clock of a word that says within.
+    /// The clock, if it is one of the program's.
     #[inline]
-    pub(super) fn clock(word: u64) -> ClockKind {
-        match word & FAST_CLOCK {
+    pub(super) fn clock(word: u64) -> Option<ClockKind> {
+        match word & CLOCK {
+            SYSTEM_CLOCK => Some(ClockKind::System),
             #[cfg(feature = "fast-clock")]
-            FAST_CLOCK => ClockKind::Fast,
-            _ => ClockKind::System,
+            FAST_CLOCK => Some(ClockKind::Fast),
+            _ => None,
         }
+    }
+
+    /// What all words of a breaker have of this clock and this seat.
+    pub(super) fn constant(clock: Option<ClockKind>, seat: Option<u8>) -> u64 {
+        let clock = match clock {
+            Some(ClockKind::System) => SYSTEM_CLOCK,
+            #[cfg(feature = "fast-clock")]
+            Some(ClockKind::Fast) => FAST_CLOCK,
+            None => 0,
+        };
+        clock | seat.map_or(0, |number| SEATED | u64::from(number) << SEAT_SHIFT)
     }
 
     pub(super) const fn generation(word: u64) -> u64 {
@@ -138,7 +155,8 @@ struct Core {
     name: Name,
     clock: Clock,
     home: Home,
-    machine: Mutex<Machine>,
+    /// What is the same in all its words.
+    constant: u64,
     /// The config as the user wrote it; the machine has it checked and completed.
     config: Mutex<CircuitBreakerConfig>,
     /// Shared by the breakers of a keyed set.
@@ -180,6 +198,99 @@ impl Words for Hot {
     #[inline]
     fn since(&self) -> &AtomicU64 {
         &self.words[3]
+    }
+}
+
+/// The machine of a place, with all successes recorded that were only counted.
+fn caught_up(place: Place<'_>) -> Locked<'_, Machine> {
+    let mut locked = place.lock::<Machine>();
+    let machine: &mut Machine = &mut locked;
+    machine.catch_up(place.done(machine.generation()));
+    locked
+}
+
+/// What a step has moved, for those who are told.
+#[derive(Default)]
+struct Moved {
+    admits_sooner: bool,
+    transitions: [Option<Transition>; 2],
+}
+
+impl Moved {
+    fn is_nothing(&self) -> bool {
+        !self.admits_sooner && self.transitions.iter().all(Option::is_none)
+    }
+}
+
+/// Runs a step of the machine: a due transition first, then `step`; and publishes. Needs a share, and no more of the breaker than
+/// what is the same in all its words.
+fn step_at<T>(
+    place: Place<'_>,
+    constant: u64,
+    now: Now<'_>,
+    step: impl FnOnce(&mut Machine) -> (T, Option<Transition>),
+) -> (T, Moved) {
+    let mut locked = place.lock::<Machine>();
+    let machine: &mut Machine = &mut locked;
+    machine.catch_up(place.done(machine.generation()));
+    let before = machine.admits_from();
+    let due = machine.advance(now);
+    let (done, transition) = step(machine);
+    publish(place, constant, machine, now);
+    let moved = Moved {
+        admits_sooner: machine.admits_from() < before,
+        transitions: [due, transition],
+    };
+    (done, moved)
+}
+
+/// Writes the word for what the machine is now. The caller holds the machine.
+fn publish(place: Place<'_>, constant: u64, machine: &mut Machine, now: Now<'_>) {
+    let mode = match (machine.forced(), machine.state()) {
+        (Some(Override::Disabled), _) => word::DISABLED,
+        (Some(Override::ForcedOpen), _) => word::FORCED_OPEN,
+        (_, State::Closed) => word::CLOSED,
+        (_, State::Open | State::HalfOpen) => word::ASK,
+    };
+    let seated = constant & word::SEATED != 0;
+    let mut until = machine.refused_until();
+    let refusing = until.is_some();
+    let mut since = Timestamp::from_nanos(0);
+    let quick = match machine.quick(now) {
+        _ if mode != word::CLOSED => 0,
+        Quick::Nothing => word::CLEAN,
+        Quick::Count if seated => word::COUNTED,
+        // Which clock it is must be told by the word.
+        Quick::CountWithin(from, to) if seated && word::clock(constant).is_some() => {
+            (since, until) = (from, Some(to));
+            word::COUNTED | word::WITHIN
+        }
+        Quick::Count | Quick::CountWithin(..) | Quick::Record => 0,
+    };
+    let slow = machine.settings().slow_calls.map(|(_, slow)| slow);
+    let flag = |set: bool, flag: u64| if set { flag } else { 0 };
+    let word = mode
+        | flag(refusing, word::REFUSING)
+        | quick
+        | flag(slow.is_some(), word::TIMED)
+        | flag(machine.state() == State::HalfOpen, word::HALF_OPEN)
+        | constant
+        | machine.generation() << word::GENERATION_SHIFT;
+    let slow = slow.unwrap_or(u64::MAX);
+    let until = until.map_or(0, Timestamp::nanos);
+    let since = since.nanos();
+    let hot = place.hot();
+    // A store that changes nothing takes the line from everybody all the same.
+    if hot.slow().load(Ordering::Relaxed) != slow {
+        hot.slow().store(slow, Ordering::Relaxed);
+    }
+    if (hot.until().load(Ordering::Relaxed), hot.since().load(Ordering::Relaxed)) != (until, since) {
+        hot.word().store(word::BUSY, Ordering::Relaxed);
+        hot.until().store(until, Ordering::Release);
+        hot.since().store(since, Ordering::Release);
+    }
+    if hot.word().load(Ordering::Relaxed) != word {
+        hot.word().store(word, Ordering::Release);
     }
 }
 
@@ -274,44 +385,39 @@ impl Core {
         hub: Arc<Hub>,
         home: Home,
     ) -> Self {
-        let machine = Machine::new(settings, clock.now());
+        home.keep(Machine::new(settings, clock.now()));
         let core = Self {
             name,
+            constant: word::constant(clock.kind(), home.seat()),
             clock,
             home,
-            machine: Mutex::new(machine),
             config: Mutex::new(config),
             hub,
             waiters: Waiters::default(),
         };
-        core.publish(&mut core.machine(), core.clock.now());
+        core.step(core.clock.now(), |_| ((), None));
         core
     }
 
-    /// No user code runs under the lock, so a poisoned one was left whole.
-    fn machine(&self) -> MutexGuard<'_, Machine> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    fn machine(&self) -> Locked<'_, Machine> {
+        self.home.place().lock()
     }
 
     /// The machine, with all successes recorded that were only counted.
-    fn caught_up(&self) -> MutexGuard<'_, Machine> {
-        let mut machine = self.machine();
-        let counted = self.home.done(machine.generation());
-        machine.catch_up(counted);
-        machine
+    fn caught_up(&self) -> Locked<'_, Machine> {
+        caught_up(self.home.place())
     }
 
-    /// Runs a step of the machine: a due transition first, then `step`; publishes, and tells those who wait and the listeners
-    /// outside the lock.
+    /// Runs a step of the machine, and tells those who wait and the listeners outside the lock.
     fn step<T>(&self, now: Timestamp, step: impl FnOnce(&mut Machine) -> (T, Option<Transition>)) -> T {
-        let mut machine = self.caught_up();
-        let before = machine.admits_from();
-        let due = machine.advance(now);
-        let (done, transition) = step(&mut machine);
-        self.publish(&mut machine, now);
-        let admits_sooner = machine.admits_from() < before;
-        drop(machine);
-        if admits_sooner {
+        let (done, moved) = step_at(self.home.place(), self.constant, Now::At(now), step);
+        self.tell(moved);
+        done
+    }
+
+    /// Tells those who wait, and the listeners, what a step has moved.
+    fn tell(&self, moved: Moved) {
+        if moved.admits_sooner {
             self.waiters.wake();
         }
         for Transition {
@@ -319,68 +425,10 @@ impl Core {
             to,
             generation,
             at,
-        } in due.into_iter().chain(transition)
+        } in moved.transitions.into_iter().flatten()
         {
             self.emit(at, EventKind::Transition { from, to, generation });
         }
-        done
-    }
-
-    /// Writes the word for what the machine is now. The caller holds the machine.
-    fn publish(&self, machine: &mut Machine, now: Timestamp) {
-        let mode = match (machine.forced(), machine.state()) {
-            (Some(Override::Disabled), _) => word::DISABLED,
-            (Some(Override::ForcedOpen), _) => word::FORCED_OPEN,
-            (_, State::Closed) => word::CLOSED,
-            (_, State::Open | State::HalfOpen) => word::ASK,
-        };
-        let seat = self.seat_in_word();
-        let mut until = machine.refused_until();
-        let refusing = until.is_some();
-        let mut since = Timestamp::from_nanos(0);
-        let quick = match machine.quick(now) {
-            _ if mode != word::CLOSED => 0,
-            Quick::Nothing => word::CLEAN,
-            Quick::Count if seat != 0 => word::COUNTED,
-            Quick::CountWithin(from, to) if seat != 0 => {
-                (since, until) = (from, Some(to));
-                match self.clock.kind() {
-                    Some(ClockKind::System) => word::COUNTED | word::WITHIN,
-                    #[cfg(feature = "fast-clock")]
-                    Some(ClockKind::Fast) => word::COUNTED | word::WITHIN | word::FAST_CLOCK,
-                    // No bit tells which clock it is.
-                    None => 0,
-                }
-            }
-            Quick::Count | Quick::CountWithin(..) | Quick::Record => 0,
-        };
-        let slow = machine.settings().slow_calls.map(|(_, slow)| slow);
-        let flag = |set: bool, flag: u64| if set { flag } else { 0 };
-        let word = mode
-            | flag(refusing, word::REFUSING)
-            | quick
-            | flag(slow.is_some(), word::TIMED)
-            | flag(machine.state() == State::HalfOpen, word::HALF_OPEN)
-            | seat
-            | machine.generation() << word::GENERATION_SHIFT;
-        let until = until.map_or(0, Timestamp::nanos);
-        let since = since.nanos();
-        let hot = self.home.hot();
-        hot.slow().store(slow.unwrap_or(u64::MAX), Ordering::Relaxed);
-        if (hot.until().load(Ordering::Relaxed), hot.since().load(Ordering::Relaxed)) != (until, since) {
-            hot.word().store(word::BUSY, Ordering::Relaxed);
-            hot.until().store(until, Ordering::Release);
-            hot.since().store(since, Ordering::Release);
-        }
-        if hot.word().load(Ordering::Relaxed) != word {
-            hot.word().store(word, Ordering::Release);
-        }
-    }
-
-    /// What a word tells of the seat: nothing, if there is none.
-    fn seat_in_word(&self) -> u64 {
-        let seat = self.home.seat();
-        seat.map_or(0, |number| word::SEATED | u64::from(number) << word::SEAT_SHIFT)
     }
 
     fn emit(&self, at: Timestamp, kind: EventKind) {
@@ -467,7 +515,7 @@ impl CircuitBreaker {
                 } else {
                     word::ASK
                 };
-                let word = machine.generation() << word::GENERATION_SHIFT | core.seat_in_word() | timed | mode;
+                let word = machine.generation() << word::GENERATION_SHIFT | core.constant | timed | mode;
                 ((answer, word), None)
             }),
         };
@@ -487,13 +535,13 @@ impl CircuitBreaker {
             return None;
         }
         let core: &Core = &self.shared;
-        let until = Timestamp::from_nanos(core.home.hot().until().load(Ordering::Acquire));
+        let until = Timestamp::from_nanos(core.home.place().hot().until().load(Ordering::Acquire));
         let reason = if word & word::HALF_OPEN == 0 {
             Reason::Open
         } else {
             Reason::HalfOpenFull
         };
-        let refused = now < until && core.home.hot().word().load(Ordering::Acquire) == word;
+        let refused = now < until && core.home.place().hot().word().load(Ordering::Acquire) == word;
         refused.then_some(Refusal {
             reason,
             until: Some(until),
@@ -517,7 +565,7 @@ impl CircuitBreaker {
     /// The refusal that the next call would meet, without taking anything.
     pub(crate) fn peek(&self, now: &Reading) -> Option<Rejected> {
         let core: &Core = &self.shared;
-        let word = core.home.hot().word().load(Ordering::Acquire);
+        let word = core.home.place().hot().word().load(Ordering::Acquire);
         match word & word::MODE {
             word::CLOSED | word::DISABLED => None,
             word::FORCED_OPEN => Some(core.rejected(Reason::ForcedOpen, None, None)),

@@ -1,10 +1,10 @@
 use super::{
     Core, Words, counter,
-    machine::{Ended, Lease},
-    word,
+    machine::{Ended, Lease, Machine, Transition},
+    step_at, word,
 };
 use crate::{
-    clock::{Clock, Reading, Timestamp},
+    clock::{Clock, Now, Reading, Timestamp},
     permit::{Outcome, Permit, Verdict},
     stripe::{Share, Sitting, Striped},
 };
@@ -143,24 +143,25 @@ impl Parts {
 
     #[cold]
     #[inline(never)]
-    fn end(self, end: End, reading: &Reading) {
+    fn end(self, end: End, now: &Reading) {
         let Some(mut share) = share(self.word, self.standing) else {
             return;
         };
         let (admitted, lease) = (self.word.get(), self.lease);
-        let core = share.state();
+        let clock = clock(admitted, &share);
+        let now = Now::Asked(now, &clock);
         let long = admitted & word::TIMED != 0 && {
-            let took = reading.at(&core.clock).nanos().saturating_sub(self.started.nanos());
-            took >= share.hot().slow().load(Ordering::Relaxed)
+            let took = now.get().nanos().saturating_sub(self.started.nanos());
+            took >= share.place().hot().slow().load(Ordering::Relaxed)
         };
         let (verdict, cancelled) = match end {
             End::Verdict(verdict) => (verdict, false),
-            End::Cancelled => (core.machine().settings().cancelled.into(), true),
+            End::Cancelled => (share.place().lock::<Machine>().settings().cancelled.into(), true),
         };
         // A call that its classifier wants ignored says nothing, however long it took.
         let slow = long && (cancelled || verdict.outcome != Outcome::Ignored);
         if slow {
-            share.add(counter::SLOW, 1);
+            share.place().add(counter::SLOW, 1);
         }
         share.count_and_renew(match verdict.outcome {
             Outcome::Success => counter::SUCCESS,
@@ -169,37 +170,58 @@ impl Parts {
             Outcome::Ignored => counter::IGNORED,
         });
         let generation = word::generation(admitted);
-        let word = share.hot().word().load(Ordering::Acquire);
+        let word = share.place().hot().word().load(Ordering::Acquire);
         let current = word::generation(word) == generation || word & word::MODE == word::BUSY;
         let unremarkable = verdict.outcome == Outcome::Ignored
             || verdict.outcome == Outcome::Success && word & word::CLEAN != 0 && word & word::MODE == word::CLOSED;
         if lease.is_none() && (!current || unremarkable && !slow) {
             return;
         }
-        let now = reading.at(&core.clock);
         let ended = Ended {
             generation,
             verdict,
             slow,
         };
-        core.step(now, |machine| {
+        step(&share, admitted, now, |machine| {
             if let Some(lease) = lease {
                 machine.release(*lease);
             }
-            ((), machine.record(ended, now))
+            machine.record(ended, now)
         });
     }
 
     #[cold]
     #[inline(never)]
-    fn unused(self, reading: &Reading) {
+    fn unused(self, now: &Reading) {
         let Some(share) = share(self.word, self.standing) else {
             return;
         };
         if let Some(lease) = self.lease {
-            let core = share.state();
-            core.step(reading.at(&core.clock), |machine| (machine.release(*lease), None));
+            let (admitted, clock) = (self.word.get(), clock(self.word.get(), &share));
+            step(&share, admitted, Now::Asked(now, &clock), |machine| {
+                machine.release(*lease);
+                None
+            });
         }
+    }
+}
+
+/// The breaker's clock. One of the program's is told by the word, which spares the way to the breaker.
+fn clock(admitted: u64, share: &Share<Core>) -> Clock {
+    word::clock(admitted).map_or_else(|| share.state().clock.clone(), Clock::of_kind)
+}
+
+/// Steps the machine, and goes the way to the breaker only if there is something to tell.
+fn step(
+    share: &Share<Core>,
+    admitted: u64,
+    now: Now<'_>,
+    step: impl FnOnce(&mut Machine) -> Option<Transition>,
+) {
+    let constant = admitted & word::CONSTANT;
+    let ((), moved) = step_at(share.place(), constant, now, |machine| ((), step(machine)));
+    if !moved.is_nothing() {
+        share.state().tell(moved);
     }
 }
 
@@ -218,11 +240,16 @@ fn count(admitted: u64, now: &Reading) -> u64 {
         return 0;
     }
     if word & word::WITHIN != 0 {
-        let now = now.at(&Clock::of_kind(word::clock(word))).nanos();
+        let Some(clock) = word::clock(word).map(Clock::of_kind) else {
+            return 0;
+        };
+        let now = now.at(&clock).nanos();
         let (since, until) = (hot.since().load(Ordering::Acquire), hot.until().load(Ordering::Acquire));
         if !(since..until).contains(&now) || hot.word().load(Ordering::Acquire) != word {
             return 0;
         }
+        // The end of the time is told soon enough, and nothing becomes clean before that.
+        return seat.count_done(generation).min(1);
     }
     seat.count_done(generation)
 }
@@ -230,10 +257,10 @@ fn count(admitted: u64, now: &Reading) -> u64 {
 /// Has the machine record what was counted.
 #[cold]
 #[inline(never)]
-fn tell(seat: Sitting, now: &Reading) {
-    let share = Share::<Core>::Sitting(seat);
-    let core = share.state();
-    core.step(now.at(&core.clock), |_| ((), None));
+fn tell(seat: Sitting, admitted: u64, now: &Reading) {
+    let share = Share::Sitting(seat);
+    let clock = clock(admitted, &share);
+    step(&share, admitted, Now::Asked(now, &clock), |_| None);
 }
 
 #[derive(Clone, Copy)]
@@ -276,7 +303,7 @@ impl Permit for CircuitBreakerPermit {
         let untold = done.is_multiple_of(UNTOLD).then(|| seat.another());
         seat.ending().count_and_end(counter::SUCCESS);
         if let Some(seat) = untold {
-            tell(seat, now);
+            tell(seat, admitted, now);
         }
         true
     }

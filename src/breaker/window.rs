@@ -1,7 +1,7 @@
 //! What a closed circuit remembers of its calls. Plain data: the caller brings the time and the lock.
 
 use super::config::WindowKind;
-use crate::clock::{Timestamp, nanos};
+use crate::clock::{Now, Timestamp, nanos};
 use std::{collections::VecDeque, time::Duration};
 
 /// Calls by what they were.
@@ -62,10 +62,10 @@ impl RateWindow {
         }
     }
 
-    pub(super) fn record(&mut self, failed: bool, slow: bool, now: Timestamp) {
+    pub(super) fn record(&mut self, failed: bool, slow: bool, now: Now<'_>) {
         match self {
             Self::Calls(window) => window.record(failed, slow),
-            Self::Time(window) => window.record(Tally::of(failed, slow), now),
+            Self::Time(window) => window.record(Tally::of(failed, slow), now.get()),
         }
     }
 
@@ -83,10 +83,10 @@ impl RateWindow {
         }
     }
 
-    pub(super) fn tally(&self, now: Timestamp) -> Tally {
+    pub(super) fn tally(&self, now: Now<'_>) -> Tally {
         match self {
             Self::Calls(window) => window.tally,
-            Self::Time(window) => window.tally(now),
+            Self::Time(window) => window.tally(now.get()),
         }
     }
 
