@@ -265,8 +265,12 @@ impl Rejected {
                 Error::Inner(error) => Self::find(&**error),
             };
         }
+        // The commonest error, and one that mostly carries nothing: without a walk from type to type.
+        if let Some(error) = any.downcast_ref::<io::Error>() {
+            return error.get_ref().and_then(|inner| Self::find(inner));
+        }
         carriers!(any:
-            Self, Box<Self>, Arc<Self>, io::Error, Box<io::Error>, Arc<io::Error>, Error<io::Error>, Error<Self>, Error<std::convert::Infallible>;
+            Self, Box<Self>, Arc<Self>, Box<io::Error>, Arc<io::Error>, Error<io::Error>, Error<Self>, Error<std::convert::Infallible>;
             boxed BoxError, Box<dyn StdError + Send>, Box<dyn StdError>, Arc<dyn StdError + Send + Sync>
         );
         // What a generated client fails with, whatever it was that its channel failed with.
