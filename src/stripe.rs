@@ -45,6 +45,7 @@ use std::{
     cell::Cell,
     marker::PhantomData,
     ops::{Deref, DerefMut, Range},
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, PoisonError},
 };
 
@@ -232,7 +233,8 @@ impl Seat {
 
     /// Whether every share has ended. Ends are summed up first: who ends a share may have begun another before.
     fn is_left(&self) -> bool {
-        let sum = |counters: &mut dyn Iterator<Item = usize>| counters.map(|it| self.sum(it)).fold(0, u64::wrapping_add);
+        let sum =
+            |counters: &mut dyn Iterator<Item = usize>| counters.map(|it| self.sum(it)).fold(0, u64::wrapping_add);
         let ended = sum(&mut ENDINGS.chain([ENDED]));
         ended == sum(&mut BEGINNINGS.chain([BEGUN]))
     }
@@ -262,7 +264,10 @@ impl Seat {
     /// Clears those that were left in the moment in which their last share ended, so that nobody noticed.
     fn clear_all_left() {
         if CLOSING.load(Ordering::SeqCst) > 0 {
-            TABLE.iter().for_each(Self::clear_if_left);
+            for seat in TABLE.iter() {
+                // What panics there when it is dropped is no affair of a thread that happens to come by.
+                let _ = catch_unwind(AssertUnwindSafe(|| seat.clear_if_left()));
+            }
         }
     }
 
@@ -298,13 +303,13 @@ pub(crate) struct Home(HomeKind);
 
 enum HomeKind {
     Seat(u8),
-    Standing(Box<Standing>),
+    // The lock is no part of the box, whose alignment would make much of it.
+    Standing(Box<Standing>, Kept),
 }
 
 pub(crate) struct Standing {
     hot: Hot,
     line: Line,
-    kept: Kept,
 }
 
 impl Home {
@@ -312,7 +317,7 @@ impl Home {
     pub(crate) fn place(&self) -> Place<'_> {
         match &self.0 {
             HomeKind::Seat(number) => Place::Seat(Seat::numbered(*number)),
-            HomeKind::Standing(standing) => Place::Standing(standing),
+            HomeKind::Standing(standing, kept) => Place::Standing(standing, kept),
         }
     }
 
@@ -320,7 +325,7 @@ impl Home {
     pub(crate) fn seat(&self) -> Option<u8> {
         match self.0 {
             HomeKind::Seat(number) => Some(number),
-            HomeKind::Standing(_) => None,
+            HomeKind::Standing(..) => None,
         }
     }
 
@@ -333,7 +338,7 @@ impl Home {
     pub(crate) fn sum(&self, counter: usize) -> u64 {
         match self.place() {
             Place::Seat(seat) => seat.sum(counter),
-            Place::Standing(standing) => standing.line.0[counter].load(Ordering::Relaxed),
+            Place::Standing(standing, _) => standing.line.0[counter].load(Ordering::Relaxed),
         }
     }
 }
@@ -343,7 +348,7 @@ impl Home {
 pub(crate) enum Place<'a> {
     #[expect(private_interfaces, reason = "nobody else looks into it")]
     Seat(&'static Seat),
-    Standing(&'a Standing),
+    Standing(&'a Standing, &'a Kept),
 }
 
 impl<'a> Place<'a> {
@@ -351,14 +356,14 @@ impl<'a> Place<'a> {
     pub(crate) fn hot(self) -> &'a Hot {
         match self {
             Self::Seat(seat) => &seat.hot,
-            Self::Standing(standing) => &standing.hot,
+            Self::Standing(standing, _) => &standing.hot,
         }
     }
 
     fn kept(self) -> &'a Kept {
         match self {
             Self::Seat(seat) => &seat.kept,
-            Self::Standing(standing) => &standing.kept,
+            Self::Standing(_, kept) => kept,
         }
     }
 
@@ -376,7 +381,7 @@ impl<'a> Place<'a> {
     pub(crate) fn add(self, counter: usize, n: u64) {
         match self {
             Self::Seat(seat) => seat.add(counter, n),
-            Self::Standing(standing) => standing.line.add_as_one_of_many(counter, n),
+            Self::Standing(standing, _) => standing.line.add_as_one_of_many(counter, n),
         }
     }
 
@@ -384,7 +389,7 @@ impl<'a> Place<'a> {
     pub(crate) fn done(self, generation: u64) -> u64 {
         match self {
             Self::Seat(seat) => seat.lines().map(|line| line.done(generation)).sum(),
-            Self::Standing(_) => 0,
+            Self::Standing(..) => 0,
         }
     }
 }
@@ -453,9 +458,8 @@ impl<T: Homed> Striped<T> {
         let standing = Standing {
             hot: Hot::new(),
             line: Line::zero(),
-            kept: Mutex::new(None),
         };
-        let home = Home(HomeKind::Standing(Box::new(standing)));
+        let home = Home(HomeKind::Standing(Box::new(standing), Mutex::new(None)));
         Self(sync::Arc::new(Self::with(make, home)))
     }
 
