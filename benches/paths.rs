@@ -19,7 +19,7 @@ const SECOND: Duration = Duration::from_secs(1);
 
 type Inner = fn(u32) -> Ready<Result<u32, std::io::Error>>;
 type Path = Box<dyn FnMut() -> bool>;
-/// A path by name, whether it admits, and how it is made.
+/// A path by name, whether it answers, and how it is made.
 type Row = (&'static str, bool, fn() -> Path);
 
 /// Readies and calls the service once; whether it was admitted.
@@ -35,6 +35,17 @@ where
     L::Service: Service<u32> + 'static,
 {
     let mut service = layer.layer(service_fn((|x| ready(Ok(x))) as Inner));
+    Box::new(move || call(&mut service))
+}
+
+fn failing<L>(layer: L) -> Path
+where
+    L: Layer<tower::util::ServiceFn<Inner>>,
+    L::Service: Service<u32> + 'static,
+{
+    let mut service = layer.layer(service_fn(
+        (|_| ready(Err(std::io::ErrorKind::TimedOut.into()))) as Inner,
+    ));
     Box::new(move || call(&mut service))
 }
 
@@ -100,6 +111,11 @@ fn paths() -> Vec<Row> {
             let window = Window::time(100_000 * SECOND);
             through(CircuitBreakerLayer::new(breaker(|it| {
                 it.clock(Clock::system()).failure_rate(0.5).window(window)
+            })))
+        }),
+        ("breaker-failure", false, || {
+            failing(CircuitBreakerLayer::new(breaker(|it| {
+                it.clock(Clock::system()).failure_threshold(u32::MAX)
             })))
         }),
         ("breaker-open", false, || through(CircuitBreakerLayer::new(open()))),

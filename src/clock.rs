@@ -180,13 +180,17 @@ impl Clock {
     #[inline]
     fn id(&self) -> usize {
         match &self.0 {
-            Source::System => 0,
+            Source::System => SYSTEM_ID,
             #[cfg(feature = "fast-clock")]
-            Source::Fast(_) => 1,
+            Source::Fast(_) => FAST_ID,
             Source::Manual(manual) => Arc::as_ptr(&manual.0).addr(),
         }
     }
 }
+
+const SYSTEM_ID: usize = 0;
+#[cfg(feature = "fast-clock")]
+const FAST_ID: usize = 1;
 
 /// A clock of which there is one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -261,6 +265,7 @@ struct FastClock {
 #[cfg(feature = "fast-clock")]
 impl FastClock {
     /// Made once: calibration takes time, and `CPUID` is slow on virtual machines.
+    #[inline]
     fn get() -> &'static Self {
         static CLOCK: OnceLock<FastClock> = OnceLock::new();
         CLOCK.get_or_init(|| {
@@ -431,11 +436,25 @@ impl Reading {
     /// The time on `clock`, read now or earlier in this request.
     #[inline]
     pub fn at(&self, clock: &Clock) -> Timestamp {
-        let id = clock.id();
+        self.taken(clock.id(), || clock.now())
+    }
+
+    /// The same of a clock of which there is one.
+    #[inline]
+    pub(crate) fn at_kind(&self, kind: ClockKind) -> Timestamp {
+        match kind {
+            ClockKind::System => self.taken(SYSTEM_ID, system_now),
+            #[cfg(feature = "fast-clock")]
+            ClockKind::Fast => self.taken(FAST_ID, || FastClock::get().now()),
+        }
+    }
+
+    #[inline]
+    fn taken(&self, id: usize, now: impl FnOnce() -> Timestamp) -> Timestamp {
         match self.0.get() {
             Some((of, now)) if of == id => now,
             _ => {
-                let now = clock.now();
+                let now = now();
                 self.0.set(Some((id, now)));
                 now
             }

@@ -43,9 +43,9 @@ pub(super) struct Transition {
 
 /// An ended call, as the machine needs to know it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Ended {
+pub(super) struct Ended<'a> {
     pub(super) generation: u64,
-    pub(super) verdict: Verdict,
+    pub(super) verdict: &'a Verdict,
     pub(super) slow: bool,
 }
 
@@ -293,7 +293,7 @@ impl Machine {
     }
 
     /// Records how a call ended. The result of a call begun in an earlier generation moves nothing.
-    pub(super) fn record(&mut self, ended: Ended, now: Now<'_>) -> Option<Transition> {
+    pub(super) fn record(&mut self, ended: Ended<'_>, now: Now<'_>) -> Option<Transition> {
         if ended.generation != self.generation || self.forced == Some(Override::Disabled) {
             return None;
         }
@@ -327,7 +327,7 @@ impl Machine {
         }
     }
 
-    fn record_closed(&mut self, failed: bool, ended: Ended, now: Now<'_>) -> Option<Transition> {
+    fn record_closed(&mut self, failed: bool, ended: Ended<'_>, now: Now<'_>) -> Option<Transition> {
         // Ignored but slow is no success: it leaves a run of failures alone.
         if failed {
             self.consecutive = self.consecutive.saturating_add(1);

@@ -54,7 +54,11 @@ impl CircuitBreakerPermit {
             word,
             standing: ManuallyDrop::new(standing),
             lease: ManuallyDrop::new(lease.map(Box::new)),
-            started: if timed { now.at(&shared.clock) } else { Timestamp::BEGINNING },
+            started: if timed {
+                now.at(&shared.clock)
+            } else {
+                Timestamp::BEGINNING
+            },
         }
     }
 
@@ -133,17 +137,17 @@ impl Parts {
     #[cold]
     #[inline(never)]
     fn abandon(self) {
-        let end = if std::thread::panicking() {
-            End::Verdict(Outcome::Failure.into())
+        if std::thread::panicking() {
+            self.end(Some(&Outcome::Failure.into()), &Reading::new());
         } else {
-            End::Cancelled
-        };
-        self.end(end, &Reading::new());
+            self.end(None, &Reading::new());
+        }
     }
 
+    /// `None` is cancelled.
     #[cold]
     #[inline(never)]
-    fn end(self, end: End, now: &Reading) {
+    fn end(self, end: Option<&Verdict>, now: &Reading) {
         let Some(mut share) = share(self.word, self.standing) else {
             return;
         };
@@ -154,9 +158,10 @@ impl Parts {
             let took = now.get().nanos().saturating_sub(self.started.nanos());
             took >= share.place().hot().slow().load(Ordering::Relaxed)
         };
-        let (verdict, cancelled) = match end {
-            End::Verdict(verdict) => (verdict, false),
-            End::Cancelled => (share.place().lock::<Machine>().settings().cancelled.into(), true),
+        let cancelled = end.is_none();
+        let verdict = match end {
+            Some(verdict) => verdict,
+            None => &share.place().lock::<Machine>().settings().cancelled.into(),
         };
         // A call that its classifier wants ignored says nothing, however long it took.
         let slow = long && (cancelled || verdict.outcome != Outcome::Ignored);
@@ -212,12 +217,7 @@ fn clock(admitted: u64, share: &Share<Core>) -> Clock {
 }
 
 /// Steps the machine, and goes the way to the breaker only if there is something to tell.
-fn step(
-    share: &Share<Core>,
-    admitted: u64,
-    now: Now<'_>,
-    step: impl FnOnce(&mut Machine) -> Option<Transition>,
-) {
+fn step(share: &Share<Core>, admitted: u64, now: Now<'_>, step: impl FnOnce(&mut Machine) -> Option<Transition>) {
     let constant = admitted & word::CONSTANT;
     let ((), moved) = step_at(share.place(), constant, now, |machine| ((), step(machine)));
     if !moved.is_nothing() {
@@ -228,30 +228,41 @@ fn step(
 /// After how many counted successes a thread tells the machine of them: it may have become clean.
 const UNTOLD: u64 = 256;
 
+/// Whether a success is to be counted now under a word that says within, and the word is still that.
+#[inline(never)]
+fn is_within(seat: &Sitting, word: u64, now: &Reading) -> bool {
+    let Some(clock) = word::clock(word) else {
+        return false;
+    };
+    let now = now.at_kind(clock).nanos();
+    let hot = seat.hot();
+    let (since, until) = (hot.since().load(Ordering::Acquire), hot.until().load(Ordering::Acquire));
+    (since..until).contains(&now) && hot.word().load(Ordering::Acquire) == word
+}
+
 /// Counts a quick success as done where that is enough. Tells how many this thread has done in the generation; zero if it is not
 /// enough.
-#[inline(never)]
-fn count(admitted: u64, now: &Reading) -> u64 {
-    let seat = ManuallyDrop::new(Sitting::of(word::seat(admitted)));
-    let (hot, generation) = (seat.hot(), word::generation(admitted));
-    let word = hot.word().load(Ordering::Acquire);
-    let counted = word & (word::MODE | word::COUNTED) == word::CLOSED | word::COUNTED;
-    if !counted || word::generation(word) != generation {
-        return 0;
-    }
+#[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+#[inline(always)]
+fn count(seat: &Sitting, word: u64, now: &Reading) -> u64 {
     if word & word::WITHIN != 0 {
-        let Some(clock) = word::clock(word).map(Clock::of_kind) else {
-            return 0;
-        };
-        let now = now.at(&clock).nanos();
-        let (since, until) = (hot.since().load(Ordering::Acquire), hot.until().load(Ordering::Acquire));
-        if !(since..until).contains(&now) || hot.word().load(Ordering::Acquire) != word {
-            return 0;
-        }
         // The end of the time is told soon enough, and nothing becomes clean before that.
-        return seat.count_done(generation).min(1);
+        let counted = is_within(seat, word, now) && seat.count_done(word::generation(word)) > 0;
+        return counted.into();
     }
-    seat.count_done(generation)
+    seat.count_done(word::generation(word))
+}
+
+/// The same under a word that is another than the call was admitted under.
+#[inline(never)]
+fn count_after_a_move(seat: &Sitting, admitted: u64, now: &Reading) -> u64 {
+    let word = seat.hot().word().load(Ordering::Acquire);
+    let counted = word & (word::MODE | word::COUNTED) == word::CLOSED | word::COUNTED;
+    if counted && word::generation(word) == word::generation(admitted) {
+        count(seat, word, now)
+    } else {
+        0
+    }
 }
 
 /// Has the machine record what was counted.
@@ -263,18 +274,12 @@ fn tell(seat: Sitting, admitted: u64, now: &Reading) {
     step(&share, admitted, Now::Asked(now, &clock), |_| None);
 }
 
-#[derive(Clone, Copy)]
-enum End {
-    Verdict(Verdict),
-    Cancelled,
-}
-
 impl Permit for CircuitBreakerPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn settle(mut self, verdict: Verdict, now: &Reading) {
         if !self.settle_quickly(&verdict, now) {
-            self.take().end(End::Verdict(verdict), now);
+            self.take().end(Some(&verdict), now);
         }
     }
 
@@ -289,18 +294,23 @@ impl Permit for CircuitBreakerPermit {
             return false;
         }
         let seat = ManuallyDrop::new(Sitting::of(word::seat(admitted)));
+        let unmoved = seat.hot().word().load(Ordering::Acquire) == admitted;
         // It would change nothing but its counter: the word is the one that admitted the call, and clean.
-        if admitted & word::CLEAN != 0 && seat.hot().word().load(Ordering::Acquire) == admitted {
-            self.word = word::NOBODYS;
-            seat.ending().count_and_end(counter::SUCCESS);
-            return true;
-        }
-        let done = count(admitted, now);
-        if done == 0 {
-            return false;
+        let mut untold = None;
+        if !unmoved || admitted & word::CLEAN == 0 {
+            let done = if !unmoved {
+                count_after_a_move(&seat, admitted, now)
+            } else if admitted & word::COUNTED != 0 {
+                count(&seat, admitted, now)
+            } else {
+                0
+            };
+            if done == 0 {
+                return false;
+            }
+            untold = done.is_multiple_of(UNTOLD).then(|| seat.another());
         }
         self.word = word::NOBODYS;
-        let untold = done.is_multiple_of(UNTOLD).then(|| seat.another());
         seat.ending().count_and_end(counter::SUCCESS);
         if let Some(seat) = untold {
             tell(seat, admitted, now);
@@ -311,7 +321,7 @@ impl Permit for CircuitBreakerPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn cancel(mut self, _: Option<u32>, now: &Reading) {
-        self.take().end(End::Cancelled, now);
+        self.take().end(None, now);
     }
 
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]

@@ -42,7 +42,11 @@ impl<T: Homed> Admitted<T> {
             shared.count_and_share(counter::ACCEPTED_OTHER).into_parts()
         };
         Self {
-            end: if learns || standing.is_some() { End::Asked } else { End::Quick },
+            end: if learns || standing.is_some() {
+                End::Asked
+            } else {
+                End::Quick
+            },
             standing: ManuallyDrop::new(standing),
             admission,
             cost,

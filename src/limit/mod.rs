@@ -1,8 +1,8 @@
 //! Rate limiters: one handle over three algorithms, its permits, and its waiting line.
 
 mod acquire;
-mod admitted;
 mod adaptive;
+mod admitted;
 mod algorithm;
 mod backoff;
 mod bucket;

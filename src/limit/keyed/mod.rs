@@ -640,14 +640,7 @@ impl KeyedPermit {
 /// Ends a share with what the key's limiter wants to know: the true cost, and of an adaptive one the outcome.
 #[cold]
 #[inline(never)]
-fn teach(
-    share: Share<Set>,
-    place: Place,
-    reserved: u32,
-    outcome: Option<Outcome>,
-    cost: Option<u32>,
-    now: &Reading,
-) {
+fn teach(share: Share<Set>, place: Place, reserved: u32, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
     let set = share.state();
     let now = now.at(&set.clock);
     if let Some(cost) = cost {
@@ -727,7 +720,14 @@ impl Drop for KeyedPermit {
     #[inline(always)]
     fn drop(&mut self) {
         if let Some((share, true)) = self.admitted.take() {
-            teach(share, self.place, self.admitted.cost, abandoned(), None, &Reading::new());
+            teach(
+                share,
+                self.place,
+                self.admitted.cost,
+                abandoned(),
+                None,
+                &Reading::new(),
+            );
         }
     }
 }
