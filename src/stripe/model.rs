@@ -58,10 +58,15 @@ fn seat(handle: &Striped<Watched>) -> &'static Seat {
     handle.0.seat.expect("there are seats enough")
 }
 
+/// What the models count at the two ends of a share, and apart from any.
+const BEGINNING: usize = BEGINNINGS.start;
+const ENDING: usize = ENDINGS.start;
+const APART: usize = BEGINNINGS.end;
+
 /// A share, in the way of the fast paths: with a count.
 fn begin(handle: &Striped<Watched>) -> Share<Watched> {
     handle.watch.shares.fetch_add(1, Ordering::SeqCst);
-    handle.count_and_share([(0, 1)])
+    handle.count_and_share(BEGINNING)
 }
 
 /// Ends a share with a count, and in its way looks at the state.
@@ -71,15 +76,15 @@ fn end(share: Share<Watched>, watch: &Watch) {
         Share::Sitting(sitting) => {
             let ending = sitting.ending();
             std::mem::forget(share);
-            ending.count_and_end(1);
+            ending.count_and_end(ENDING);
         }
-        Share::Standing(_) => share.add(1, 1),
+        Share::Standing(_) => share.place().add(ENDING, 1),
     }
 }
 
 /// Whether the seat waits for the next state that is taken or left: the one case in which it is not cleared at once.
 fn is_left(seat: &Seat) -> bool {
-    seat.hot.closing.load(Ordering::Acquire) && seat.sum(BEGUN) == seat.sum(ENDED)
+    seat.hot.closing.load(Ordering::Acquire) && seat.is_left()
 }
 
 fn is_empty(seat: &Seat) -> bool {
@@ -95,6 +100,31 @@ fn a_share_ends_while_the_last_handle_goes() {
         let share = begin(&handle);
         let goes = spawn(move || drop(handle));
         end(share, &watch);
+        goes.join().unwrap();
+        if watch.dropped() == 0 {
+            assert!(is_left(seat), "neither cleared nor left to clear");
+            drop(other);
+        }
+        assert_eq!(watch.dropped(), 1);
+        assert!(is_empty(seat));
+    });
+}
+
+/// What is slow counts the end of its call first, and goes on with another share.
+#[test]
+fn a_share_is_renewed_while_the_last_handle_goes() {
+    explore("a share is renewed while the last handle goes", 3, || {
+        let (handle, watch) = seated();
+        let (other, _) = seated();
+        let seat = seat(&handle);
+        let mut share = begin(&handle);
+        let goes = spawn(move || drop(handle));
+        share.count_and_renew(ENDING);
+        let state = share.state();
+        assert_eq!(watch.dropped(), 0, "dropped while there is a share");
+        drop(state);
+        watch.shares.fetch_sub(1, Ordering::SeqCst);
+        drop(share);
         goes.join().unwrap();
         if watch.dropped() == 0 {
             assert!(is_left(seat), "neither cleared nor left to clear");
@@ -155,7 +185,7 @@ fn a_share_that_begins_on_one_thread_and_ends_on_another_is_counted_once() {
         let begins = spawn(move || begin(&clone));
         end(begin(&handle), &watch);
         end(begins.join().unwrap(), &watched);
-        assert_eq!((handle.home.sum(0), handle.home.sum(1)), (2, 2));
+        assert_eq!((handle.home.sum(BEGINNING), handle.home.sum(ENDING)), (2, 2));
         drop(handle);
         assert_eq!(watch.dropped(), 1, "nothing ended while the last handle went");
         assert!(is_empty(seat));
@@ -176,7 +206,7 @@ fn the_next_state_in_a_seat_counts_none_of_the_shares_before() {
         let new = spawn(move || end(ended, &watched));
         old.join().unwrap();
         new.join().unwrap();
-        assert_eq!((next.home.sum(0), next.home.sum(1)), (1, 1));
+        assert_eq!((next.home.sum(BEGINNING), next.home.sum(ENDING)), (1, 1));
         drop(other);
     });
 }
@@ -205,15 +235,15 @@ fn counters_are_exact_however_lines_are_handed_over() {
         // More threads than lines: one adds where all the others do, or in the line of one that has ended.
         let counts = |times| {
             let handle = handle.clone();
-            spawn(move || (0..times).for_each(|_| handle.add(0, 1)))
+            spawn(move || (0..times).for_each(|_| handle.add(APART, 1)))
         };
         let (one, two) = (counts(2), counts(2));
         one.join().unwrap();
         let three = counts(1);
-        handle.add(0, 1);
+        handle.add(APART, 1);
         two.join().unwrap();
         three.join().unwrap();
-        assert_eq!(handle.home.sum(0), 6);
+        assert_eq!(handle.home.sum(APART), 6);
     });
 }
 
@@ -223,14 +253,14 @@ fn a_sum_never_falls() {
         let (handle, _) = seated();
         let counts = || {
             let handle = handle.clone();
-            spawn(move || handle.add(0, 1))
+            spawn(move || handle.add(APART, 1))
         };
         let (one, two) = (counts(), counts());
-        let (first, second) = (handle.home.sum(0), handle.home.sum(0));
+        let (first, second) = (handle.home.sum(APART), handle.home.sum(APART));
         assert!(first <= second);
         one.join().unwrap();
         two.join().unwrap();
-        assert_eq!(handle.home.sum(0), 2);
+        assert_eq!(handle.home.sum(APART), 2);
     });
 }
 
@@ -245,7 +275,7 @@ fn threads_that_have_no_number_share_a_line_and_lose_nothing() {
         let counts = spawn(move || end(begin(&clone), &watched));
         end(begin(&handle), &watch);
         counts.join().unwrap();
-        assert_eq!((handle.home.sum(0), handle.home.sum(1)), (2, 2));
+        assert_eq!((handle.home.sum(BEGINNING), handle.home.sum(ENDING)), (2, 2));
         drop(handle);
         assert_eq!(watch.dropped(), 1, "nothing ended while the last handle went");
         assert!(is_empty(seat));
@@ -258,12 +288,12 @@ fn what_a_thread_counts_while_it_ends_is_counted_where_nobody_else_stores() {
         let (handle, _) = seated();
         let clone = handle.clone();
         let ends = spawn(move || {
-            clone.add(0, 1);
+            clone.add(APART, 1);
             end_thread();
-            clone.add(0, 1);
+            clone.add(APART, 1);
         });
-        (0..2).for_each(|_| handle.add(0, 1));
+        (0..2).for_each(|_| handle.add(APART, 1));
         ends.join().unwrap();
-        assert_eq!(handle.home.sum(0), 4);
+        assert_eq!(handle.home.sum(APART), 4);
     });
 }
