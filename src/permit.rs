@@ -244,11 +244,22 @@ impl<A: Permit, B: Permit> Permit for (A, B) {
 /// A permit in charge of a running call: dropped, the call was cancelled.
 pub(crate) struct Held<P: Permit>(pub(crate) Option<P>);
 
-impl<P: Permit> Drop for Held<P> {
-    #[inline]
-    fn drop(&mut self) {
+impl<P: Permit> Held<P> {
+    #[cold]
+    #[inline(never)]
+    fn cancel(&mut self) {
         if let Some(permit) = self.0.take() {
             permit.cancel(None, &Reading::new());
+        }
+    }
+}
+
+impl<P: Permit> Drop for Held<P> {
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn drop(&mut self) {
+        if self.0.is_some() {
+            self.cancel();
         }
     }
 }

@@ -264,11 +264,13 @@ impl Seat {
     /// Clears those that were left in the moment in which their last share ended, so that nobody noticed.
     fn clear_all_left() {
         if CLOSING.load(Ordering::SeqCst) > 0 {
-            for seat in TABLE.iter() {
-                // What panics there when it is dropped is no affair of a thread that happens to come by.
-                let _ = catch_unwind(AssertUnwindSafe(|| seat.clear_if_left()));
-            }
+            TABLE.iter().for_each(Self::clear_for_others);
         }
+    }
+
+    /// What panics there when it is dropped is no affair of a thread that happens to come by.
+    fn clear_for_others(&self) {
+        let _ = catch_unwind(AssertUnwindSafe(|| self.clear_if_left()));
     }
 
     /// Clears the seat for the next state if the last handle is gone and every share has ended.

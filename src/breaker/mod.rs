@@ -140,6 +140,12 @@ mod word {
         clock | seat.map_or(0, |number| SEATED | u64::from(number) << SEAT_SHIFT)
     }
 
+    /// Whether a call was admitted into a seat by a closed circuit that does not care how long it takes. It has no probe's lease.
+    #[inline]
+    pub(super) const fn is_plain(word: u64) -> bool {
+        word & (MODE | SEATED | TIMED) == CLOSED | SEATED
+    }
+
     pub(super) const fn generation(word: u64) -> u64 {
         word >> GENERATION_SHIFT
     }
@@ -411,12 +417,12 @@ impl Core {
     /// Runs a step of the machine, and tells those who wait and the listeners outside the lock.
     fn step<T>(&self, now: Timestamp, step: impl FnOnce(&mut Machine) -> (T, Option<Transition>)) -> T {
         let (done, moved) = step_at(self.home.place(), self.constant, Now::At(now), step);
-        self.tell(moved);
+        self.tell(&moved);
         done
     }
 
     /// Tells those who wait, and the listeners, what a step has moved.
-    fn tell(&self, moved: Moved) {
+    fn tell(&self, moved: &Moved) {
         if moved.admits_sooner {
             self.waiters.wake();
         }
@@ -425,7 +431,7 @@ impl Core {
             to,
             generation,
             at,
-        } in moved.transitions.into_iter().flatten()
+        } in moved.transitions.iter().flatten().copied()
         {
             self.emit(at, EventKind::Transition { from, to, generation });
         }

@@ -221,7 +221,7 @@ fn step(share: &Share<Core>, admitted: u64, now: Now<'_>, step: impl FnOnce(&mut
     let constant = admitted & word::CONSTANT;
     let ((), moved) = step_at(share.place(), constant, now, |machine| ((), step(machine)));
     if !moved.is_nothing() {
-        share.state().tell(moved);
+        share.state().tell(&moved);
     }
 }
 
@@ -286,11 +286,8 @@ impl Permit for CircuitBreakerPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn settle_quickly(&mut self, verdict: &Verdict, now: &Reading) -> bool {
-        // Of a success in a seat, whose length does not matter; a probe's word is not one of a closed circuit.
-        const PLAIN: u64 = word::MODE | word::SEATED | word::TIMED;
-
         let admitted = self.word.get();
-        if verdict.outcome != Outcome::Success || admitted & PLAIN != word::CLOSED | word::SEATED {
+        if verdict.outcome != Outcome::Success || !word::is_plain(admitted) {
             return false;
         }
         let seat = ManuallyDrop::new(Sitting::of(word::seat(admitted)));

@@ -652,15 +652,15 @@ impl RateLimitPermit {
         if let Some((share, asked)) = self.0.take()
             && (asked || cost.is_some())
         {
-            teach(share, reserved, outcome, cost, now);
+            teach(&share, reserved, outcome, cost, now);
         }
     }
 }
 
-/// Ends a share with what the limiter wants to know: the true cost, and of an adaptive one the outcome.
+/// Tells at the end of a call what the limiter wants to know: the true cost, and of an adaptive one the outcome.
 #[cold]
 #[inline(never)]
-fn teach(share: Share<Core>, reserved: u32, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
+fn teach(share: &Share<Core>, reserved: u32, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
     let core = share.state();
     core.correct(reserved, cost, now);
     core.learn(outcome.unwrap_or_else(|| core.algorithm.cancelled()), now);
@@ -713,7 +713,7 @@ impl Drop for RateLimitPermit {
     #[inline(always)]
     fn drop(&mut self) {
         if let Some((share, true)) = self.0.take() {
-            teach(share, self.0.cost, abandoned(), None, &Reading::new());
+            teach(&share, self.0.cost, abandoned(), None, &Reading::new());
         }
     }
 }

@@ -632,15 +632,15 @@ impl KeyedPermit {
         if let Some((share, asked)) = self.admitted.take()
             && (asked || cost.is_some())
         {
-            teach(share, self.place, reserved, outcome, cost, now);
+            teach(&share, self.place, reserved, outcome, cost, now);
         }
     }
 }
 
-/// Ends a share with what the key's limiter wants to know: the true cost, and of an adaptive one the outcome.
+/// Tells at the end of a call what the key's limiter wants to know: the true cost, and of an adaptive one the outcome.
 #[cold]
 #[inline(never)]
-fn teach(share: Share<Set>, place: Place, reserved: u32, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
+fn teach(share: &Share<Set>, place: Place, reserved: u32, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
     let set = share.state();
     let now = now.at(&set.clock);
     if let Some(cost) = cost {
@@ -721,7 +721,7 @@ impl Drop for KeyedPermit {
     fn drop(&mut self) {
         if let Some((share, true)) = self.admitted.take() {
             teach(
-                share,
+                &share,
                 self.place,
                 self.admitted.cost,
                 abandoned(),
