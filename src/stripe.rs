@@ -745,6 +745,13 @@ fn number() -> usize {
     NUMBER.try_with(Cell::get).unwrap_or(NONE)
 }
 
+/// A number that no other thread has, once this one has counted something; until then, and for threads beyond the last line, some
+/// large number. For those who deal something to threads.
+#[inline]
+pub(crate) fn thread_number() -> usize {
+    number()
+}
+
 fn set_number(number: usize) {
     let _ = NUMBER.try_with(|mine| mine.set(number));
 }

@@ -377,7 +377,9 @@ impl Model for Log {
     }
 
     fn unused(&mut self, admission: usize, _: u32) -> bool {
-        let newest = self.admissions.last().is_some_and(|(_, number)| *number == admission);
+        // Or one of the same instant, which is all the same to whoever counts.
+        let at = self.admissions.iter().find(|(_, number)| *number == admission);
+        let newest = at.is_some_and(|(at, _)| self.admissions.last().is_some_and(|(last, _)| last == at));
         if newest {
             self.admissions.retain(|(_, number)| *number != admission);
         }

@@ -86,6 +86,14 @@ impl Algorithm {
             Self::Adaptive(config) => State::Adaptive(config.build(now)?),
         })
     }
+
+    /// [`build`](Self::build) for one of many, each of which is asked little: as small as it can be.
+    pub(super) fn build_narrow(&self, now: Timestamp) -> Result<State, ConfigError> {
+        match self {
+            Self::SlidingWindow(config) => config.build_narrow(now).map(State::SlidingWindow),
+            Self::TokenBucket(_) | Self::Adaptive(_) => self.build(now),
+        }
+    }
 }
 
 impl From<TokenBucket> for Algorithm {

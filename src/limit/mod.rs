@@ -92,10 +92,10 @@ impl Homed for Core {
 ///
 /// # Cost
 ///
-/// An admission takes no lock and allocates nothing while nobody waits for the limiter. While somebody does, every call takes
-/// the queue's mutex, for O(log n) of n waiters.
+/// An admission allocates nothing, and takes no lock while nobody waits for the limiter, but for large costs of a
+/// [`SlidingWindow`]. While somebody waits, every call takes the queue's mutex, for O(log n) of n waiters.
 ///
-/// Memory: about 600 bytes, the ring of a [`SlidingWindow`], and for each waiter some 200 in its future and a place in the queue; and
+/// Memory: about 600 bytes, the slots of a [`SlidingWindow`], and for each waiter some 200 in its future and a place in the queue; and
 /// one of the program's 256 seats for counters, while there are some, see the [README](crate#memory-and-cost).
 #[derive(Clone)]
 pub struct RateLimiter {
@@ -631,8 +631,9 @@ impl RateLimitPermit {
         Permit::settle(self, verdict.into(), &Reading::new());
     }
 
-    /// The call was never begun: the limiter takes the permit back, and whoever waits is served. A sliding window can do so only
-    /// while no other call has been admitted since; later, the permit is spent.
+    /// The call was never begun: the limiter takes the permit back, and whoever waits is served. A sliding window does so while no
+    /// other call has been admitted at a later time; afterwards it still may, if those calls came on other threads, or else the
+    /// permit is spent.
     pub fn unused(self) {
         Permit::unused(self, &Reading::new());
     }

@@ -47,7 +47,7 @@ pub struct RateLimiterStatus {
     /// What the admitted requests cost together, as reserved.
     pub accepted_cost: u64,
     /// Requests, among the admitted, that were given back unused and taken back. Not those that stay spent: in a sliding window
-    /// that has admitted others since, or of a key that was evicted meanwhile.
+    /// where others came in their way since, or of a key that was evicted meanwhile.
     pub returned_requests: u64,
     /// Requests rejected.
     pub rejected_requests: u64,

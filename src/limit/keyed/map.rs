@@ -59,7 +59,7 @@ impl Map {
 
     /// The state of a new key: nothing has been used.
     fn full(&self) -> Cell {
-        match self.algorithm.build(self.start) {
+        match self.algorithm.build_narrow(self.start) {
             Ok(State::SlidingWindow(state)) => Cell::SlidingWindow(Box::new(state)),
             Ok(State::Adaptive(state)) => Cell::Adaptive(Box::new(state)),
             Ok(State::TokenBucket(_)) | Err(_) => unreachable!("no bucket, and validated"),

@@ -203,7 +203,7 @@ impl KeyedRateLimiterBuilder {
         let limit = Name::new("limit", &self.limit)?;
         let max_keys = within("max_keys", self.max_keys, &(1..=1 << 24))?;
         let start = self.clock.now();
-        let (overflow, unused) = (self.algorithm.build(start)?, self.algorithm.build(start)?);
+        let (overflow, unused) = (self.algorithm.build(start)?, self.algorithm.build_narrow(start)?);
         let keys = Keys::new(self.algorithm, start, max_keys)?;
         Ok(KeyedRateLimiter {
             set: Striped::new(|home| Set {
