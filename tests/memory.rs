@@ -41,6 +41,11 @@ fn a_sliding_window_takes_8_bytes_for_each_request_of_its_quota() {
     for n in [1, 100, 10_000, 1_000_000] {
         assert_eq!(window(2 * n) - window(n), 8 * i64::from(n), "{n} requests more");
     }
+    let small = window(1);
+    for n in [63, 64, 10_000] {
+        let more = window(n) - small - 8 * i64::from(n - 1);
+        assert!((0..=2_100).contains(&more), "{more} bytes beside those of {n} requests");
+    }
 }
 
 #[test]
