@@ -916,4 +916,39 @@ mod model {
             is_whole(&window, 2);
         });
     }
+
+    #[test]
+    fn a_slot_that_is_taken_and_given_back_under_a_taker_is_not_taken_twice() {
+        for (slots, lanes) in [(1, 1), (2, 2)] {
+            explore("one takes and gives back, one takes", 3, move || {
+                let window = window(slots, lanes);
+                let other = window.clone();
+                let gives_back = spawn(move || {
+                    let taken = take(&other, 0, after(0));
+                    taken.is_none_or(|admission| other.give_back_beginning_with(0, admission, 1))
+                });
+                let taken = take(&window, 0, after(0)).is_some();
+                assert!(gives_back.join().unwrap(), "nobody came later");
+                assert_eq!(left(&window, after(0)), slots as usize - usize::from(taken));
+                is_whole(&window, slots as usize);
+            });
+        }
+    }
+
+    #[test]
+    fn who_looks_at_one_lane_after_the_other_does_not_miss_the_slot_that_moves() {
+        explore("one slot comes back before the other goes", 3, || {
+            let window = window(2, 2);
+            let admission = take(&window, 0, after(0)).expect("a free slot");
+            let other = window.clone();
+            let moves = spawn(move || {
+                assert!(other.give_back_beginning_with(0, admission, 1), "it is the newest");
+                take(&other, 1, after(0)).is_some()
+            });
+            let look = window.look(1, window.stamp(after(0)));
+            assert!(!matches!(look, Look::Short(_)), "there was one all the time");
+            assert!(moves.join().unwrap(), "and it was the other's");
+            is_whole(&window, 2);
+        });
+    }
 }
