@@ -145,7 +145,7 @@ impl State {
     pub(super) fn take_one_at_a_glance(&self, now: impl FnOnce() -> Timestamp) -> Option<Admission> {
         match self {
             Self::TokenBucket(state) => state.take_one_at_a_glance(now()).then_some(Admission::Tokens),
-            Self::SlidingWindow(state) => window_at_a_glance(state, now()),
+            Self::SlidingWindow(state) => state.take_one_at_a_glance(now()).map(Admission::Window),
             Self::Adaptive(_) => None,
         }
     }
@@ -157,12 +157,6 @@ impl State {
             Self::Adaptive(state) => View::Adaptive(state),
         }
     }
-}
-
-/// Apart from the token bucket's, so that only what is short is copied to where calls are made.
-#[inline(never)]
-fn window_at_a_glance(state: &SlidingWindowState, now: Timestamp) -> Option<Admission> {
-    state.take_one_at_a_glance(now).map(Admission::Window)
 }
 
 /// What a keyed limiter keeps of a key that is no token bucket, in a box of its own size.

@@ -149,6 +149,8 @@ pub(super) struct Scale {
     /// From how long after being touched the bucket wants to be touched again, and is full; in nanoseconds.
     touch_after: u64,
     full_after: u64,
+    /// Up to how long after being touched a look may be enough: never where units come in fractions.
+    glance_until: u64,
 }
 
 impl Scale {
@@ -160,6 +162,11 @@ impl Scale {
             burst: (token * u64::from(burst)).cast_signed(),
             strict,
             touch_after: fastest.nanos_of(TOUCH_AFTER),
+            glance_until: if fastest.div == 1 {
+                fastest.nanos_of(TOUCH_AFTER).saturating_add(1)
+            } else {
+                0
+            },
             full_after: fastest.nanos_of(FULL_AFTER),
         }
     }
@@ -172,11 +179,12 @@ impl Scale {
     /// together.
     #[inline]
     pub(super) fn one_gone(&self, line: &Line, gone: u64, touched: u64, now: Timestamp) -> Option<u64> {
-        let since = now.nanos().wrapping_sub(touched);
-        if line.div != 1 || since > self.touch_after {
+        // Of a thread that lies behind it is very long. So the line had begun by then: it was touched when it began.
+        if now.nanos().wrapping_sub(touched) >= self.glance_until {
             return None;
         }
-        let made = line.base.wrapping_add(line.elapsed(now).wrapping_mul(line.mul));
+        let elapsed = now.nanos().wrapping_sub(line.start.nanos());
+        let made = line.base.wrapping_add(elapsed.wrapping_mul(line.mul));
         let content = difference(made, gone).min(self.burst);
         let left = content - self.token.cast_signed();
         (left >= 0).then(|| made.wrapping_sub(left.cast_unsigned()))
