@@ -433,6 +433,12 @@ impl Reading {
         Self(Cell::new(Some((clock.id(), time))))
     }
 
+    /// The same reading, for a step out of line: this one need not lie in memory for its sake.
+    #[inline]
+    pub(crate) fn again(&self) -> Self {
+        Self(Cell::new(self.0.get()))
+    }
+
     /// The time on `clock`, read now or earlier in this request.
     #[inline]
     pub fn at(&self, clock: &Clock) -> Timestamp {

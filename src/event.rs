@@ -1,7 +1,7 @@
 use crate::{
     clock::Timestamp,
     name::Name,
-    rejected::Rejected,
+    rejected::{Reason, Rejected},
     state::{Override, State},
 };
 use std::{
@@ -10,6 +10,7 @@ use std::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 /// Something that happened to a breaker or a limiter.
@@ -198,16 +199,23 @@ impl Hub {
     /// Tells every listener of a rejection.
     #[inline]
     pub(crate) fn rejected(&self, why: &Rejected, at: impl FnOnce() -> Timestamp) {
-        #[cfg(feature = "tracing")]
-        trace_rejection(why);
+        trace_rejection(&why.service, why.limit.as_ref(), why.reason, why.retry_after);
         if self.is_heard() {
-            self.tell(&Event {
-                service: why.service.clone(),
-                limit: why.limit.clone(),
-                at: at(),
-                kind: EventKind::Rejected(why.clone()),
-            });
+            self.tell_rejection(why, at());
         }
+    }
+
+    /// The same for listeners that are no subscriber to `tracing`. Apart, so that no rejection carries this along where nobody
+    /// listens.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn tell_rejection(&self, why: &Rejected, at: Timestamp) {
+        self.tell(&Event {
+            service: why.service.clone(),
+            limit: why.limit.clone(),
+            at,
+            kind: EventKind::Rejected(why.clone()),
+        });
     }
 
     /// Tells every listener of anything but a rejection. `event` is made only if there is somebody to tell.
@@ -221,7 +229,7 @@ impl Hub {
     }
 
     #[inline]
-    fn is_heard(&self) -> bool {
+    pub(crate) fn is_heard(&self) -> bool {
         self.count.load(Ordering::Acquire) > 0
     }
 
@@ -243,14 +251,23 @@ impl Hub {
     }
 }
 
-/// Apart from the others, because it is told often: where nobody listens, no event is made for it.
+/// Apart from the others, because it is told often: where nobody listens, no event is made for it, and not even a rejection.
+#[inline]
+pub(crate) fn trace_rejection(service: &Name, limit: Option<&Name>, reason: Reason, retry_after: Option<Duration>) {
+    #[cfg(feature = "tracing")]
+    trace_rejected(service, limit, reason.as_str(), retry_after);
+    #[cfg(not(feature = "tracing"))]
+    let _ = (service, limit, reason, retry_after);
+}
+
 #[cfg(feature = "tracing")]
-fn trace_rejection(why: &Rejected) {
+#[inline(never)]
+fn trace_rejected(service: &Name, limit: Option<&Name>, reason: &'static str, retry_after: Option<Duration>) {
     tracing::debug!(
-        service = why.service.as_str(),
-        limit = why.limit.as_deref(),
-        reason = why.reason.as_str(),
-        retry_after = why.retry_after.map(|wait| wait.as_secs_f64()),
+        service = service.as_str(),
+        limit = limit.map(Name::as_str),
+        reason,
+        retry_after = retry_after.map(|wait| wait.as_secs_f64()),
         "rejected"
     );
 }
@@ -282,7 +299,7 @@ fn trace(event: &Event) {
                 );
             }
         }
-        EventKind::Rejected(why) => trace_rejection(why),
+        EventKind::Rejected(why) => trace_rejection(&why.service, why.limit.as_ref(), why.reason, why.retry_after),
         EventKind::Overridden { into, generation } => {
             tracing::warn!(
                 service = service.as_str(),

@@ -6,9 +6,9 @@ use crate::{
     clock::Reading,
     limit::RateLimiter,
     permit::{Outcome, Verdict, Watch, failing_on_unwind},
-    policy::{Admit, Gate, Hold, Policy, Readiness, Waiting},
+    policy::{Admit, Gate, Glance, Hold, Policy, Readiness, Waiting},
     reject::{AsError, Fallback, FallbackWith, Reject},
-    rejected::Rejected,
+    rejected::{Reason, Rejected},
 };
 use pin_project_lite::pin_project;
 use std::{
@@ -294,6 +294,7 @@ impl<S, P: Gate + Clone, C: Clone, R: Clone> Layer<S> for GuardLayer<P, C, R> {
         Guard {
             inner,
             ready: Ready::No,
+            looked: None,
             refusal: None,
             layer: self.clone(),
         }
@@ -314,7 +315,9 @@ impl<S, P: Gate + Clone, C: Clone, R: Clone> Layer<S> for GuardLayer<P, C, R> {
 pub struct Guard<S, P: Gate, C = ErrorsAreFailures, R = AsError> {
     inner: S,
     ready: Ready<P::Reserved>,
-    /// Why the service is ready to reject. Apart from `ready`, which moves with every call.
+    /// Why the service is ready to reject, if a look at the policy was enough. Apart from `ready`, which moves with every call.
+    looked: Option<Reason>,
+    /// The same, if it was not.
     refusal: Option<Rejected>,
     layer: GuardLayer<P, C, R>,
 }
@@ -327,7 +330,7 @@ enum Ready<T> {
     Reserving(T),
     /// Ready, and the inner service is, too.
     Yes(T),
-    /// Ready to reject, and `refusal` says why: the inner service was not asked.
+    /// Ready to reject, and `looked` or `refusal` says why: the inner service was not asked.
     Refused,
 }
 
@@ -370,6 +373,7 @@ impl<S: Clone, P: Gate + Clone, C: Clone, R: Clone> Clone for Guard<S, P, C, R> 
         Self {
             inner: self.inner.clone(),
             ready: Ready::No,
+            looked: None,
             refusal: None,
             layer: self.layer.clone(),
         }
@@ -400,18 +404,26 @@ where
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         let now = Reading::new();
-        let held = match std::mem::replace(&mut self.ready, Ready::No) {
-            Ready::Reserving(held) | Ready::Yes(held) => Some(held),
-            Ready::No | Ready::Refused => None,
+        let policy = &self.layer.policy;
+        let answer = match std::mem::replace(&mut self.ready, Ready::No) {
+            Ready::Reserving(held) | Ready::Yes(held) => policy.reserve(Some(held), &now, cx),
+            Ready::No | Ready::Refused => match policy.ready_at_a_glance(&now) {
+                Glance::Ready(reserved) => Readiness::Ready(reserved),
+                Glance::Refused(reason) => {
+                    (self.ready, self.looked) = (Ready::Refused, Some(reason));
+                    return Poll::Ready(Ok(()));
+                }
+                Glance::Unsure => policy.reserve(None, &now, cx),
+            },
         };
-        let reserved = match self.layer.policy.reserve(held, &now, cx) {
+        let reserved = match answer {
             Readiness::Ready(reserved) => reserved,
             Readiness::Pending(reserved) => {
                 self.ready = Ready::Reserving(reserved);
                 return Poll::Pending;
             }
             Readiness::Rejected(why) => {
-                self.ready = Ready::Refused;
+                (self.ready, self.looked) = (Ready::Refused, None);
                 self.refusal = Some(why);
                 return Poll::Ready(Ok(()));
             }
@@ -446,26 +458,18 @@ where
                 if let Some(permit) = self.layer.policy.glance(&reserved, &request, &now) {
                     return self.make(permit, request);
                 }
-                self.layer.policy.admit(reserved, &request, &now)
+                return self.refuse_or_admit(reserved, request, &now.again());
             }
-            other => self.admit(other, &request, &now),
+            Ready::Refused => {
+                let future = self.refuse(request);
+                return ResponseFuture {
+                    state: State::Rejected { future },
+                };
+            }
+            Ready::Reserving(reserved) => self.admit(Some(reserved), &request, &now),
+            Ready::No => self.admit(None, &request, &now),
         };
-        match admit {
-            Admit::Now(permit) => self.make(permit, request),
-            Admit::Later(wait) => ResponseFuture {
-                state: State::Waiting {
-                    kept: Some(self.layer.keep::<S, Req>(&request)),
-                    held: Some(wait.hold(&mut self.inner, request)),
-                    wait,
-                    reject: self.layer.reject.clone(),
-                },
-            },
-            Admit::Rejected(why) => ResponseFuture {
-                state: State::Rejected {
-                    future: self.layer.reject.reject(request, why),
-                },
-            },
-        }
+        self.go_on(admit, request)
     }
 }
 
@@ -503,31 +507,118 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
         }
     }
 
-    /// Asks the policy, in the light of what the last `poll_ready` found.
+    /// Makes a call that was admitted, waits with one that may be, and rejects the others.
+    fn go_on<Req>(&mut self, admit: Admit<P::Permit, P::Wait>, request: Req) -> ResponseFuture<S, Req, P, C, R>
+    where
+        S: Service<Req>,
+        P: Policy<Req>,
+        P::Wait: Hold<S, Req>,
+        C: Classify<Req, S::Response, S::Error>,
+        R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error> + Clone,
+    {
+        match admit {
+            Admit::Now(permit) => self.make(permit, request),
+            Admit::Later(wait) => ResponseFuture {
+                state: State::Waiting {
+                    kept: Some(self.layer.keep::<S, Req>(&request)),
+                    held: Some(wait.hold(&mut self.inner, request)),
+                    wait,
+                    reject: self.layer.reject.clone(),
+                },
+            },
+            Admit::Rejected(why) => self.reject(request, why),
+        }
+    }
+
+    #[inline]
+    fn reject<Req>(&self, request: Req, why: Rejected) -> ResponseFuture<S, Req, P, C, R>
+    where
+        S: Service<Req>,
+        P: Policy<Req>,
+        P::Wait: Hold<S, Req>,
+        C: Classify<Req, S::Response, S::Error>,
+        R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
+    {
+        ResponseFuture {
+            state: State::Rejected {
+                future: self.layer.reject.reject(request, why),
+            },
+        }
+    }
+
+    /// Goes on with a call that a glance did not admit: mostly it is refused. Out of line, for it shares nothing with others.
+    #[inline(never)]
+    fn refuse_or_admit<Req>(
+        &mut self,
+        reserved: P::Reserved,
+        request: Req,
+        now: &Reading,
+    ) -> ResponseFuture<S, Req, P, C, R>
+    where
+        S: Service<Req>,
+        P: Policy<Req>,
+        P::Wait: Hold<S, Req>,
+        C: Classify<Req, S::Response, S::Error>,
+        R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error> + Clone,
+    {
+        let policy = &self.layer.policy;
+        if let Some(refusing) = policy.refuse_at_a_glance(Some(&reserved), &request, now) {
+            return self.reject(request, refusing.reject());
+        }
+        let admit = policy.admit(reserved, &request, now);
+        self.go_on(admit, request)
+    }
+
+    /// Rejects a call that the last `poll_ready` was ready to reject: as it is now, not as it was then. Out of line, as the other.
+    #[inline(never)]
+    fn refuse<Req>(&mut self, request: Req) -> R::Future
+    where
+        S: Service<Req>,
+        P: Policy<Req>,
+        P::Wait: Hold<S, Req>,
+        C: Classify<Req, S::Response, S::Error>,
+        R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
+    {
+        let now = Reading::new();
+        if let Some(refusing) = self.layer.policy.refuse_at_a_glance(None, &request, &now) {
+            return self.layer.reject.reject(request, refusing.reject());
+        }
+        let why = self.refusal(&now);
+        self.layer.reject.reject(request, why)
+    }
+
+    /// The same where it takes more than a look, or the policy refuses no more.
     #[cold]
     #[inline(never)]
-    fn admit<Req>(&mut self, found: Ready<P::Reserved>, request: &Req, now: &Reading) -> Admit<P::Permit, P::Wait>
+    fn refusal(&mut self, now: &Reading) -> Rejected {
+        let policy = &self.layer.policy;
+        let told = self.refusal.take();
+        let why = match policy.reserve(None, now, &mut Context::from_waker(nobody())) {
+            Readiness::Rejected(why) => why,
+            Readiness::Ready(_) | Readiness::Pending(_) => match self.looked {
+                Some(reason) => policy.lapsed(reason),
+                None => told.expect("told in `poll_ready`").due(),
+            },
+        };
+        policy.count(&why, now);
+        why
+    }
+
+    /// Asks the policy for a call whose service is not ready, which tower forbids: the inner service will say so, but the policy holds.
+    #[cold]
+    #[inline(never)]
+    fn admit<Req>(&self, held: Option<P::Reserved>, request: &Req, now: &Reading) -> Admit<P::Permit, P::Wait>
     where
         P: Policy<Req>,
     {
         let policy = &self.layer.policy;
-        let reserve = || policy.reserve(None, now, &mut Context::from_waker(nobody()));
-        let reserved = match found {
-            // Called unready, which tower forbids: the inner service will say so, but the policy holds.
-            Ready::Yes(reserved) | Ready::Reserving(reserved) => Ok(reserved),
-            Ready::No => match reserve() {
-                Readiness::Ready(reserved) | Readiness::Pending(reserved) => Ok(reserved),
-                Readiness::Rejected(why) => Err(why),
-            },
-            // The refusal is told as it is now, not as it was when the service was readied.
-            Ready::Refused => Err(match (reserve(), self.refusal.take()) {
-                (Readiness::Rejected(why), _) => why,
-                (Readiness::Ready(_) | Readiness::Pending(_), why) => why.expect("told in `poll_ready`").due(),
-            }),
+        let reserved = match held {
+            Some(reserved) => Readiness::Ready(reserved),
+            None => policy.reserve(None, now, &mut Context::from_waker(nobody())),
         };
         match reserved {
-            Ok(reserved) => policy.admit(reserved, request, now),
-            Err(why) => {
+            Readiness::Ready(reserved) | Readiness::Pending(reserved) => policy.admit(reserved, request, now),
+            Readiness::Rejected(why) => {
                 policy.count(&why, now);
                 Admit::Rejected(why)
             }

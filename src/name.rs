@@ -22,19 +22,52 @@ use std::{
 /// assert!(CircuitBreaker::builder("x".repeat(Name::MAX_LEN + 1)).build().is_err());
 /// # Ok::<(), portcullis::ConfigError>(())
 /// ```
-#[derive(Clone)]
 pub struct Name(Text);
 
 /// A short name lies in the value itself: every rejection carries one or two, and a reference count that all threads write would
 /// make them wait for each other.
-#[derive(Clone)]
 enum Text {
-    Short { len: u8, bytes: [u8; SHORT] },
+    Short(Short),
     Long(Arc<str>),
 }
 
-/// As long as fits beside the length where the other kind has its pointer and its length.
+/// As large as the whole, so that it is copied in one piece: pieces that are read otherwise than they were just written make
+/// the processor wait.
+#[derive(Clone, Copy)]
+pub(crate) struct Short {
+    _is: Is,
+    len: u8,
+    bytes: [u8; SHORT],
+}
+
+/// What tells a short name from a long one: a byte of which one value is taken.
+#[derive(Clone, Copy)]
+#[repr(u8)]
+enum Is {
+    Short,
+}
+
+/// As long as fits beside that and the length where the other kind has its pointer and its length.
 const SHORT: usize = 22;
+
+const _: () = assert!(size_of::<Option<Name>>() == 24);
+
+impl From<&Short> for Name {
+    #[inline]
+    fn from(short: &Short) -> Self {
+        Self(Text::Short(*short))
+    }
+}
+
+impl Clone for Name {
+    #[inline]
+    fn clone(&self) -> Self {
+        match &self.0 {
+            Text::Short(short) => Self(Text::Short(*short)),
+            Text::Long(text) => Self::share(text),
+        }
+    }
+}
 
 impl Name {
     /// The longest name, in bytes.
@@ -55,17 +88,36 @@ impl Name {
         Ok(Self(match (bytes.get_mut(..name.len()), u8::try_from(name.len())) {
             (Some(place), Ok(len)) => {
                 place.copy_from_slice(name.as_bytes());
-                Text::Short { len, bytes }
+                Text::Short(Short {
+                    _is: Is::Short,
+                    len,
+                    bytes,
+                })
             }
             _ => Text::Long(name.into()),
         }))
+    }
+
+    /// The name, if it lies in the value itself. By reference: one that is copied is to be copied to where it is wanted.
+    #[inline]
+    pub(crate) fn as_short(&self) -> Option<&Short> {
+        match &self.0 {
+            Text::Short(short) => Some(short),
+            Text::Long(_) => None,
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn share(text: &Arc<str>) -> Self {
+        Self(Text::Long(text.clone()))
     }
 
     /// The name as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         match &self.0 {
-            Text::Short { len, bytes } => match str::from_utf8(&bytes[..usize::from(*len)]) {
+            Text::Short(Short { len, bytes, .. }) => match str::from_utf8(&bytes[..usize::from(*len)]) {
                 Ok(text) => text,
                 Err(_) => unreachable!("copied from text as a whole"),
             },
@@ -75,7 +127,7 @@ impl Name {
 
     fn as_bytes(&self) -> &[u8] {
         match &self.0 {
-            Text::Short { len, bytes } => &bytes[..usize::from(*len)],
+            Text::Short(Short { len, bytes, .. }) => &bytes[..usize::from(*len)],
             Text::Long(text) => text.as_bytes(),
         }
     }

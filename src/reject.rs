@@ -131,6 +131,7 @@ impl<Req, Raw, Res, Err: Into<BoxError>> Reject<Req, Raw, Res, Err> for AsError 
     type Future = Refusal<Res>;
     type Pass = ();
 
+    #[inline]
     fn reject(&self, _: Req, why: Rejected) -> Self::Future {
         Refusal {
             why: Some(Box::new(why)),

@@ -53,6 +53,93 @@ pub(crate) struct Told {
     pub(crate) remaining: u32,
 }
 
+/// What a policy that refuses at a glance tells of a rejection that is not made yet: the guard makes it where it is wanted.
+///
+/// ```
+/// use portcullis::{Name, Reason, policy::Refusing};
+/// use std::time::Duration;
+///
+/// let shop = Name::try_from("shop")?;
+/// let refusing = Refusing::new(&shop, Reason::Other).retry_after(Duration::from_secs(600));
+/// assert_eq!(refusing.reject().to_string(), r#"policy "shop" refuses; retry after 600s"#);
+/// # Ok::<(), portcullis::ConfigError>(())
+/// ```
+// Of references and numbers only: a name that is copied from one half-made value into the next costs more than all the rest.
+#[derive(Debug, Clone, Copy)]
+pub struct Refusing<'a> {
+    service: &'a Name,
+    limit: Option<&'a Name>,
+    reason: Reason,
+    retry_after: Option<Duration>,
+    pub(crate) told: Option<Told>,
+}
+
+impl<'a> Refusing<'a> {
+    /// A refusal in the name of a service.
+    #[must_use]
+    #[inline]
+    pub fn new(service: &'a Name, reason: Reason) -> Self {
+        Self {
+            service,
+            limit: None,
+            reason,
+            retry_after: None,
+            told: None,
+        }
+    }
+
+    /// Names the limit that refuses.
+    #[must_use]
+    #[inline]
+    pub fn limit(mut self, limit: &'a Name) -> Self {
+        self.limit = Some(limit);
+        self
+    }
+
+    /// Tells when the same call would be admitted, if that can be told.
+    #[must_use]
+    #[inline]
+    pub fn retry_after(mut self, wait: impl Into<Option<Duration>>) -> Self {
+        self.retry_after = wait.into();
+        self
+    }
+
+    /// The rejection.
+    #[must_use]
+    #[expect(clippy::inline_always, reason = "made where it is wanted")]
+    #[inline(always)]
+    pub fn reject(self) -> Rejected {
+        match (self.service.as_short(), self.limit) {
+            (Some(service), None) => self.of(service.into(), None),
+            (Some(service), Some(limit)) => match limit.as_short() {
+                Some(limit) => self.of(service.into(), Some(limit.into())),
+                None => self.with_long_names(),
+            },
+            (None, _) => self.with_long_names(),
+        }
+    }
+
+    #[expect(clippy::inline_always, reason = "made where it is wanted")]
+    #[inline(always)]
+    fn of(self, service: Name, limit: Option<Name>) -> Rejected {
+        Rejected {
+            service,
+            limit,
+            reason: self.reason,
+            retry_after: self.retry_after,
+            told: self.told,
+            #[cfg(feature = "tonic")]
+            status: LazyStatus::default(),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn with_long_names(self) -> Rejected {
+        self.of(self.service.clone(), self.limit.cloned())
+    }
+}
+
 /// Why a call was rejected.
 ///
 /// ```
@@ -150,6 +237,7 @@ impl Rejected {
     /// # Ok::<(), portcullis::ConfigError>(())
     /// ```
     #[must_use]
+    #[inline]
     pub fn new(service: Name, reason: Reason) -> Self {
         Self {
             service,

@@ -630,6 +630,164 @@ fn a_service_readied_as_refused_is_rejected_even_if_the_circuit_admits_again_and
     assert_eq!(guard.call(2).now_or_never().unwrap().unwrap(), 2);
 }
 
+#[test]
+fn a_service_readied_as_refused_tells_what_it_was_refused_for_once_that_is_over() {
+    let clock = Clock::manual();
+    let (breaker, world) = (half_open(&clock), Arc::new(World::default()));
+    let layer = CircuitBreakerLayer::new(breaker.clone());
+    let (mut prober, mut other) = (layer.layer(echo(&world)), layer.layer(echo(&world)));
+    assert!(poll_ready(&mut prober).is_ready());
+    assert!(poll_ready(&mut other).is_ready());
+    drop(prober);
+    let why = rejection(other.call(1).now_or_never().unwrap());
+    assert_eq!(
+        (why.reason, why.retry_after),
+        (Reason::HalfOpenFull, Some(Duration::ZERO))
+    );
+    assert_eq!(
+        (breaker.status().metrics.rejected.half_open_full, probes(&breaker)),
+        (1, 0)
+    );
+
+    breaker.force_open();
+    assert!(poll_ready(&mut other).is_ready());
+    breaker.reset();
+    let why = rejection(other.call(1).now_or_never().unwrap());
+    assert_eq!((why.reason, why.retry_after), (Reason::ForcedOpen, None));
+    assert_eq!(breaker.status().metrics.rejected.forced_open, 1);
+    assert_eq!((counted(&breaker).rejected, world.calls()), (2, 0));
+    assert_eq!(world.polls(), 1, "by the prober");
+    assert!(poll_ready(&mut other).is_ready());
+    assert_eq!(other.call(2).now_or_never().unwrap().unwrap(), 2);
+}
+
+/// Short and long: a long one is kept elsewhere.
+const NAMES: [&str; 2] = ["search", "the search of the whole catalogue"];
+
+#[test]
+fn a_layer_rejects_as_the_breaker_itself_does_counts_it_once_and_tells_it() {
+    for name in NAMES {
+        let clock = Clock::manual();
+        let world = Arc::new(World::default());
+        let breaker = CircuitBreaker::builder(name)
+            .clock(&clock)
+            .failure_threshold(1)
+            .recovery_timeout(OPEN)
+            .build()
+            .unwrap();
+        breaker.try_acquire().unwrap().settle(Outcome::Failure);
+        let mut guard = CircuitBreakerLayer::new(breaker.clone()).layer(echo(&world));
+        let mut rejects_as_itself = |reason: Reason| {
+            let own = breaker.try_acquire().unwrap_err();
+            assert_eq!((own.reason, own.service.as_str()), (reason, name));
+            let mut events = breaker.subscribe(2);
+            let before = counted(&breaker).rejected;
+            assert!(poll_ready(&mut guard).is_ready());
+            let why = rejection(guard.call(1).now_or_never().unwrap());
+            assert_eq!(why, own);
+            assert_eq!(counted(&breaker).rejected, before + 1);
+            let told = events.try_recv().expect("listeners hear of it");
+            assert_eq!((told.kind, told.at), (EventKind::Rejected(own), clock.now()));
+            assert!(events.try_recv().is_none());
+        };
+        rejects_as_itself(Reason::Open);
+        let last = Duration::from_nanos(1);
+        clock.advance(OPEN.checked_sub(last).unwrap());
+        rejects_as_itself(Reason::Open);
+        clock.advance(last);
+        let probes: Vec<_> = std::iter::from_fn(|| breaker.try_acquire().ok()).collect();
+        rejects_as_itself(Reason::HalfOpenFull);
+        drop(probes);
+        breaker.force_open();
+        rejects_as_itself(Reason::ForcedOpen);
+        assert_eq!((world.polls(), world.calls()), (0, 0));
+    }
+}
+
+#[test]
+fn a_layer_rejects_as_the_limiter_itself_does_counts_it_once_and_tells_it() {
+    let minute = Duration::from_secs(60);
+    let algorithms: [portcullis::Algorithm; 5] = [
+        TokenBucket::new(7, minute).burst(3).into(),
+        TokenBucket::new(u32::MAX, Duration::from_secs(1)).burst(2).into(),
+        // A rate that is no whole number of units in a nanosecond.
+        TokenBucket::new(4_294_967_291, Duration::from_secs(86_400 * 36_500)).into(),
+        SlidingWindow::new(3, minute).into(),
+        portcullis::Adaptive::new(60).window(minute).into(),
+    ];
+    for (name, algorithm) in NAMES.into_iter().flat_map(|name| algorithms.map(|it| (name, it))) {
+        let clock = Clock::manual();
+        let world = Arc::new(World::default());
+        let limiter = RateLimiter::builder(name, algorithm)
+            .limit(name)
+            .clock(&clock)
+            .build()
+            .unwrap();
+        // All there is, at once: one by one it would take a day.
+        let all = u32::try_from(limiter.quota().remaining).unwrap();
+        limiter.try_acquire_n(all).unwrap();
+        let mut guard = RateLimitLayer::new(limiter.clone()).layer(echo(&world));
+        for step in 0..40_u64 {
+            clock.advance(Duration::from_nanos(step * step * step));
+            let Err(own) = limiter.try_acquire() else {
+                continue;
+            };
+            let mut events = limiter.subscribe(2);
+            let before = limiter.status().rejected_requests;
+            assert!(poll_ready(&mut guard).is_ready());
+            let why = rejection(guard.call(1).now_or_never().unwrap());
+            assert_eq!(why, own);
+            assert_eq!(why.quota(), own.quota());
+            assert_eq!(limiter.status().rejected_requests, before + 1);
+            let told = events.try_recv().expect("listeners hear of it");
+            assert_eq!((told.kind, told.at), (EventKind::Rejected(own), clock.now()));
+        }
+        assert_eq!(world.calls(), 0, "{algorithm:?}");
+    }
+}
+
+#[test]
+fn a_layer_tells_how_long_those_who_wait_come_first() {
+    let clock = Clock::manual();
+    let world = Arc::new(World::default());
+    let limiter = bucket(&clock, 1);
+    limiter.try_acquire().unwrap();
+    let mut waiter = task::spawn(limiter.acquire());
+    assert!(waiter.poll().is_pending());
+    let mut guard = RateLimitLayer::new(limiter.clone()).layer(echo(&world));
+    assert!(poll_ready(&mut guard).is_ready());
+    let why = rejection(guard.call(1).now_or_never().unwrap());
+    assert_eq!(why, limiter.try_acquire().unwrap_err());
+    drop(waiter);
+    let alone = limiter.try_acquire().unwrap_err();
+    assert_eq!(why.retry_after, alone.retry_after.map(|wait| wait * 2));
+}
+
+#[test]
+fn a_pair_readied_as_refused_rejects_in_the_name_of_its_breaker_whatever_has_changed_since() {
+    let clock = Clock::manual();
+    let world = Arc::new(World::default());
+    let (limiter, breaker) = (bucket(&clock, 3), open(&clock));
+    let pair = (limiter.clone(), breaker.clone());
+    let mut guard = GuardLayer::new(pair).layer(echo(&world));
+    assert!(poll_ready(&mut guard).is_ready());
+    clock.advance(Duration::from_secs(4));
+    let why = rejection(guard.call(1).now_or_never().unwrap());
+    assert_eq!(
+        (why.reason, why.retry_after),
+        (Reason::Open, Some(Duration::from_secs(6)))
+    );
+
+    assert!(poll_ready(&mut guard).is_ready());
+    clock.advance(OPEN);
+    let why = rejection(guard.call(1).now_or_never().unwrap());
+    assert_eq!((why.reason, why.retry_after), (Reason::Open, Some(Duration::ZERO)));
+    assert_eq!((counted(&breaker).rejected, limiter.status().rejected_requests), (2, 0));
+    assert_eq!((world.polls(), probes(&breaker), available(&limiter)), (0, 0, 3.0));
+    assert!(poll_ready(&mut guard).is_ready());
+    assert_eq!(guard.call(2).now_or_never().unwrap().unwrap(), 2);
+}
+
 // ---- Errors of poll_ready ----------------------------------------------------------------------------------------------------
 
 #[test]

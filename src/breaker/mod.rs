@@ -51,10 +51,11 @@ pub use status::{CircuitBreakerMetrics, CircuitBreakerStatus, RejectedByCircuit,
 use crate::{
     clock::{Clock, Now, Reading, Timestamp},
     error::ConfigError,
-    event::{Event, EventKind, Hub, Listener, ListenerId},
+    event::{Event, EventKind, Hub, Listener, ListenerId, trace_rejection},
     name::Name,
     permit::{Outcome, Verdict, run},
-    rejected::{Error, Reason, Rejected},
+    policy::Glance,
+    rejected::{Error, Reason, Refusing, Rejected},
     state::{Override, State},
     stripe::{Home, Homed, Hot, Locked, Place, Striped},
     subscribe::Events,
@@ -71,6 +72,7 @@ use std::{
     future::Future,
     num::NonZeroU64,
     sync::{Arc, PoisonError},
+    time::Duration,
 };
 
 /// The striped counters, by index.
@@ -90,7 +92,7 @@ mod counter {
 
 /// The packed word; see the module's documentation.
 mod word {
-    use crate::clock::ClockKind;
+    use crate::{clock::ClockKind, rejected::Reason};
     use std::num::NonZeroU64;
 
     pub(super) const MODE: u64 = 0b111;
@@ -146,6 +148,18 @@ mod word {
         word & (MODE | SEATED | TIMED) == CLOSED | SEATED
     }
 
+    /// For which reason a word refuses that does.
+    #[inline]
+    pub(super) const fn refusal(word: u64) -> Reason {
+        if word & MODE == FORCED_OPEN {
+            Reason::ForcedOpen
+        } else if word & HALF_OPEN == 0 {
+            Reason::Open
+        } else {
+            Reason::HalfOpenFull
+        }
+    }
+
     pub(super) const fn generation(word: u64) -> u64 {
         word >> GENERATION_SHIFT
     }
@@ -154,6 +168,16 @@ mod word {
     #[expect(clippy::cast_possible_truncation, reason = "those bits are wanted")]
     pub(super) const fn seat(word: u64) -> u8 {
         (word >> SEAT_SHIFT) as u8
+    }
+}
+
+/// The counter of rejections for this reason.
+#[inline]
+fn rejections(reason: Reason) -> usize {
+    match reason {
+        Reason::HalfOpenFull => counter::REJECTED_HALF_OPEN,
+        Reason::ForcedOpen => counter::REJECTED_FORCED,
+        _ => counter::REJECTED_OPEN,
     }
 }
 
@@ -537,34 +561,89 @@ impl CircuitBreaker {
 
     /// The refusal that the word alone tells: nobody queues for a lock in front of an open circuit.
     fn refused_by_word(&self, word: u64, now: Timestamp) -> Option<Refusal> {
+        let until = self.refused_until(word, || now)?;
+        Some(Refusal {
+            reason: word::refusal(word),
+            until: Some(until),
+        })
+    }
+
+    /// Until when the word alone tells that every call is refused.
+    #[inline]
+    fn refused_until(&self, word: u64, now: impl FnOnce() -> Timestamp) -> Option<Timestamp> {
         if word & word::REFUSING == 0 {
             return None;
         }
-        let core: &Core = &self.shared;
-        let until = Timestamp::from_nanos(core.home.place().hot().until().load(Ordering::Acquire));
-        let reason = if word & word::HALF_OPEN == 0 {
-            Reason::Open
+        let hot = self.shared.hot();
+        let until = Timestamp::from_nanos(hot.until().load(Ordering::Acquire));
+        let refused = now() < until && hot.word().load(Ordering::Acquire) == word;
+        refused.then_some(until)
+    }
+
+    /// What the word alone tells a service that is to be readied and holds nothing.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    pub(crate) fn ready_at_a_glance(&self, now: &Reading) -> Glance<Reservation> {
+        let word = self.shared.hot().word().load(Ordering::Acquire);
+        match word & word::MODE {
+            word::CLOSED | word::DISABLED => Glance::Ready(Reservation::default()),
+            _ if self.refuses_at_a_glance(word, now) => Glance::Refused(word::refusal(word)),
+            _ => Glance::Unsure,
+        }
+    }
+
+    /// Out of line, so that a closed circuit does not carry it along.
+    #[inline(never)]
+    fn refuses_at_a_glance(&self, word: u64, now: &Reading) -> bool {
+        word & word::MODE == word::FORCED_OPEN || self.refused_until(word, || now.at(&self.shared.clock)).is_some()
+    }
+
+    /// The refusal of a call, counted, if the word alone tells.
+    #[expect(
+        clippy::inline_always,
+        reason = "a rejection that is made here and moved there costs more than all the rest"
+    )]
+    #[inline(always)]
+    pub(crate) fn refuse_at_a_glance(&self, now: &Reading) -> Option<Refusing<'_>> {
+        let word = self.shared.hot().word().load(Ordering::Acquire);
+        let wait = if word & word::MODE == word::FORCED_OPEN {
+            None
         } else {
-            Reason::HalfOpenFull
+            let now = now.at(&self.shared.clock);
+            Some(self.refused_until(word, || now)?.duration_since(now))
         };
-        let refused = now < until && core.home.place().hot().word().load(Ordering::Acquire) == word;
-        refused.then_some(Refusal {
-            reason,
-            until: Some(until),
-        })
+        let core: &Core = &self.shared;
+        let reason = word::refusal(word);
+        self.shared.add(rejections(reason), 1);
+        trace_rejection(&core.name, None, reason, wait);
+        if core.hub.is_heard() {
+            self.tell_refusal(word, wait, now);
+        }
+        Some(Refusing::new(&core.name, reason).retry_after(wait))
+    }
+
+    /// Handed numbers and no reference, so that what is refused at a glance need not lie in memory.
+    #[cold]
+    #[inline(never)]
+    fn tell_refusal(&self, word: u64, retry_after: Option<Duration>, now: &Reading) {
+        let core: &Core = &self.shared;
+        let refusing = Refusing::new(&core.name, word::refusal(word)).retry_after(retry_after);
+        core.hub.tell_rejection(&refusing.reject(), now.at(&core.clock));
+    }
+
+    /// The rejection of a call that was refused for that reason when its service was readied, and is no more.
+    #[cold]
+    pub(crate) fn lapsed(&self, reason: Reason) -> Rejected {
+        Rejected {
+            retry_after: (reason != Reason::ForcedOpen).then_some(Duration::ZERO),
+            ..Rejected::new(self.name().clone(), reason)
+        }
     }
 
     /// Counts a rejection and tells the listeners. Called once for every call that was rejected.
     pub(crate) fn count(&self, why: &Rejected, now: &Reading) {
         let core = &self.shared;
-        core.add(
-            match why.reason {
-                Reason::HalfOpenFull => counter::REJECTED_HALF_OPEN,
-                Reason::ForcedOpen => counter::REJECTED_FORCED,
-                _ => counter::REJECTED_OPEN,
-            },
-            1,
-        );
+        core.add(rejections(why.reason), 1);
         core.hub.rejected(why, || now.at(&core.clock));
     }
 

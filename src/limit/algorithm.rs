@@ -14,6 +14,7 @@ use crate::{
     permit::Outcome,
     quota::Advertised,
 };
+use std::time::Duration;
 
 /// How a [`RateLimiter`](super::RateLimiter) limits. Made by `From` of each algorithm's settings.
 ///
@@ -147,6 +148,15 @@ impl State {
             Self::TokenBucket(state) => state.take_one_at_a_glance(now()).then_some(Admission::Tokens),
             Self::SlidingWindow(state) => state.take_one_at_a_glance(now()).map(Admission::Window),
             Self::Adaptive(_) => None,
+        }
+    }
+
+    /// How long one request is refused, if a look tells.
+    #[inline]
+    pub(super) fn refuses_one_at_a_glance(&self, now: impl FnOnce() -> Timestamp) -> Option<Duration> {
+        match self {
+            Self::TokenBucket(state) => state.refuses_one_at_a_glance(now()),
+            Self::SlidingWindow(_) | Self::Adaptive(_) => None,
         }
     }
 
@@ -309,6 +319,7 @@ impl View<'_> {
     }
 
     /// What clients are told of the limit. Where the burst is not what a window brings, the burst, and how long it takes to come.
+    /// Always the same, unless the limit [learns](Self::learns).
     pub(super) fn advertised(&self, algorithm: &Algorithm, now: Timestamp) -> Advertised {
         let burst = algorithm.largest();
         let window = match algorithm {

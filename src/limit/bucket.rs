@@ -18,6 +18,7 @@ use crate::{
     clock::Timestamp,
     sync::atomic::{AtomicU64, Ordering},
 };
+use std::time::Duration;
 
 /// How long a bucket may go untouched, and after how long it is full, in units' time.
 const TOUCH_AFTER: u64 = 1 << 60;
@@ -52,12 +53,22 @@ impl Line {
     /// The first nanosecond from `now` on at which so many more whole units are made: the exact inverse of
     /// [`made`](Self::made).
     pub(super) fn later(&self, now: Timestamp, units: u64) -> Timestamp {
+        if self.div == 1 {
+            return self.soon(now, units);
+        }
         let elapsed = u128::from(self.elapsed(now));
         let (mul, div) = (u128::from(self.mul), u128::from(self.div));
         let target = elapsed.saturating_mul(mul) / div + u128::from(units);
         let at = target.saturating_mul(div).div_ceil(mul);
         let at = u64::try_from(at).unwrap_or(u64::MAX);
         Timestamp::from_nanos(self.start.nanos().saturating_add(at)).max(now)
+    }
+
+    /// [`later`](Self::later) where a nanosecond makes a whole number of units.
+    #[inline]
+    fn soon(&self, now: Timestamp, units: u64) -> Timestamp {
+        let now = now.max(self.start);
+        Timestamp::from_nanos(now.nanos().saturating_add(units.div_ceil(self.mul)))
     }
 
     /// When what is missing will have been made.
@@ -179,6 +190,13 @@ impl Scale {
     /// together.
     #[inline]
     pub(super) fn one_gone(&self, line: &Line, gone: u64, touched: u64, now: Timestamp) -> Option<u64> {
+        let (made, left) = self.one_left(line, gone, touched, now)?;
+        (left >= 0).then(|| made.wrapping_sub(left.cast_unsigned()))
+    }
+
+    /// The units made, and those left after one more token: fewer than none, if it is not there.
+    #[inline]
+    fn one_left(&self, line: &Line, gone: u64, touched: u64, now: Timestamp) -> Option<(u64, i64)> {
         // Of a thread that lies behind it is very long. So the line had begun by then: it was touched when it began.
         if now.nanos().wrapping_sub(touched) >= self.glance_until {
             return None;
@@ -186,8 +204,7 @@ impl Scale {
         let elapsed = now.nanos().wrapping_sub(line.start.nanos());
         let made = line.base.wrapping_add(elapsed.wrapping_mul(line.mul));
         let content = difference(made, gone).min(self.burst);
-        let left = content - self.token.cast_signed();
-        (left >= 0).then(|| made.wrapping_sub(left.cast_unsigned()))
+        Some((made, content - self.token.cast_signed()))
     }
 }
 
@@ -291,6 +308,16 @@ impl Bucket<'_> {
             }
             back_off(now);
         }
+    }
+
+    /// How long one token is refused, if the bucket is as it mostly is and does not have it.
+    #[inline]
+    pub(super) fn refuses_one_at_a_glance(&self, line: &Line, now: Timestamp) -> Option<Duration> {
+        let gone = self.level.gone.load(Ordering::Acquire);
+        let touched = self.level.touched.load(Ordering::Acquire);
+        let (_, left) = self.scale.one_left(line, gone, touched, now)?;
+        let refused = left < 0 && self.level.gone.load(Ordering::Acquire) == gone;
+        refused.then(|| line.soon(now, left.unsigned_abs()).duration_since(now))
     }
 
     /// Takes `cost` tokens (no more than the burst), or tells what is missing.

@@ -23,11 +23,11 @@ pub use token_bucket::TokenBucket;
 use crate::{
     clock::{Clock, Reading, Timestamp},
     error::ConfigError,
-    event::{Event, EventKind, Hub, Listener, ListenerId},
+    event::{Event, EventKind, Hub, Listener, ListenerId, trace_rejection},
     name::Name,
     permit::{self, Outcome, Permit, Verdict},
-    quota::Quota,
-    rejected::{Error, Reason, Rejected, Told},
+    quota::{Advertised, Quota},
+    rejected::{Error, Reason, Refusing, Rejected, Told},
     stripe::{Home, Homed, Share, Striped},
     subscribe::Events,
 };
@@ -62,6 +62,8 @@ struct Core {
     limit: Name,
     clock: Clock,
     algorithm: Algorithm,
+    /// What clients are told of a limit that does not learn.
+    advertised: Advertised,
     state: State,
     queue: Queue,
     hub: Hub,
@@ -143,7 +145,9 @@ impl RateLimiterBuilder {
     pub fn build(self) -> Result<RateLimiter, ConfigError> {
         let service = Name::new("name", &self.service)?;
         let limit = Name::new("limit", &self.limit)?;
-        let state = self.algorithm.build(self.clock.now())?;
+        let now = self.clock.now();
+        let state = self.algorithm.build(now)?;
+        let advertised = state.view().advertised(&self.algorithm, now);
         Ok(RateLimiter {
             shared: Striped::new(|home| Core {
                 home,
@@ -151,6 +155,7 @@ impl RateLimiterBuilder {
                 limit,
                 clock: self.clock,
                 algorithm: self.algorithm,
+                advertised,
                 state,
                 queue: Queue::default(),
                 hub: Hub::default(),
@@ -234,6 +239,14 @@ impl Core {
         });
     }
 
+    fn advertised(&self, now: Timestamp) -> Advertised {
+        if self.state.learns() {
+            self.state().advertised(&self.algorithm, now)
+        } else {
+            self.advertised
+        }
+    }
+
     fn rejected(&self, reason: Reason, retry_after: Option<Duration>, told: Option<Told>) -> Rejected {
         Rejected {
             limit: Some(self.limit.clone()),
@@ -243,10 +256,24 @@ impl Core {
         }
     }
 
+    /// The refusal of one request by a limit that does not learn.
+    #[inline]
+    fn refusal(&self, wait: Duration) -> Refusing<'_> {
+        let told = Told {
+            of: self.advertised,
+            remaining: 0,
+        };
+        let mut refusing = Refusing::new(&self.service, Reason::OverLimit)
+            .limit(&self.limit)
+            .retry_after(wait);
+        refusing.told = Some(told);
+        refusing
+    }
+
     /// A call of this cost is refused until then.
     fn over_limit(&self, cost: u32, until: Timestamp, now: Timestamp) -> Rejected {
         let told = Told {
-            of: self.state().advertised(&self.algorithm, now),
+            of: self.advertised(now),
             // Where one request is refused nothing is left.
             remaining: if cost > 1 { self.whole_available(now) } else { 0 },
         };
@@ -266,7 +293,7 @@ impl Core {
 
     fn quota(&self, now: Timestamp) -> Quota {
         let reset = self.state().full_again(now).duration_since(now);
-        let advertised = self.state().advertised(&self.algorithm, now);
+        let advertised = self.advertised(now);
         advertised.quota(self.limit.clone(), self.whole_available(now).into(), reset)
     }
 
@@ -278,7 +305,7 @@ impl Core {
         }
         let now = self.clock.now();
         let told = Told {
-            of: self.state().advertised(&self.algorithm, now),
+            of: self.advertised(now),
             remaining: self.whole_available(now),
         };
         Err(self.rejected(Reason::CostExceedsBurst { cost, burst }, None, Some(told)))
@@ -376,6 +403,35 @@ impl RateLimiter {
         }
         let admission = core.state.take_one_at_a_glance(|| now.at(&core.clock))?;
         Some(self.permit_that(false, admission, 1))
+    }
+
+    /// The refusal of one request, counted, if a look is enough.
+    #[expect(
+        clippy::inline_always,
+        reason = "a rejection that is made here and moved there costs more than all the rest"
+    )]
+    #[inline(always)]
+    pub(crate) fn refuse_at_a_glance(&self, now: &Reading) -> Option<Refusing<'_>> {
+        let core: &Core = &self.shared;
+        let wait = core.state.refuses_one_at_a_glance(|| now.at(&core.clock))?;
+        if !core.queue.is_empty() {
+            return None;
+        }
+        self.shared.add(counter::REJECTED_OVER_LIMIT, 1);
+        trace_rejection(&core.service, Some(&core.limit), Reason::OverLimit, Some(wait));
+        if core.hub.is_heard() {
+            self.tell_refusal(wait, now);
+        }
+        Some(core.refusal(wait))
+    }
+
+    /// Handed a number and no reference, so that what is refused at a glance need not lie in memory.
+    #[cold]
+    #[inline(never)]
+    fn tell_refusal(&self, wait: Duration, now: &Reading) {
+        let core: &Core = &self.shared;
+        core.hub
+            .tell_rejection(&core.refusal(wait).reject(), now.at(&core.clock));
     }
 
     /// Counts a rejection and tells the listeners. Called once for every call that was rejected.

@@ -170,6 +170,11 @@ impl TokenBucketState {
     }
 
     #[inline]
+    pub(super) fn refuses_one_at_a_glance(&self, now: Timestamp) -> Option<Duration> {
+        self.view().bucket.refuses_one_at_a_glance(&self.shape.line, now)
+    }
+
+    #[inline]
     pub(super) fn view(&self) -> TokenBucketView<'_> {
         self.shape.of(&self.level)
     }

@@ -76,13 +76,13 @@ pub use not_ready::NotReady;
 pub use select::{Select, select};
 pub use waiting::{Waitable, Waiting};
 
-pub use crate::{clock::Reading, permit::Permit};
+pub use crate::{clock::Reading, permit::Permit, rejected::Refusing};
 
 use crate::{
     breaker::{CircuitBreaker, CircuitBreakerPermit, Reservation, nobody},
     limit::{RateLimitPermit, RateLimiter},
     permit::Verdict,
-    rejected::Rejected,
+    rejected::{Reason, Rejected},
 };
 use pin_project_lite::pin_project;
 use std::{
@@ -104,6 +104,17 @@ pub enum Readiness<R> {
     Pending(R),
     /// The call would meet this: the inner service need not be asked whether it is ready.
     Rejected(Rejected),
+}
+
+/// What a policy says in `poll_ready`, if a look at it is enough.
+#[derive(Debug)]
+pub enum Glance<R> {
+    /// The inner service may be asked whether it is ready.
+    Ready(R),
+    /// The call would be rejected for this reason.
+    Refused(Reason),
+    /// It takes more than a look.
+    Unsure,
 }
 
 impl<R> Readiness<R> {
@@ -138,6 +149,81 @@ pub trait Gate {
     /// take nothing. Default: reserves for the moment.
     fn look(&self, now: &Reading) -> Readiness<Self::Reserved> {
         self.reserve(None, now, &mut Context::from_waker(nobody()))
+    }
+
+    /// A shortcut of [`reserve`](Self::reserve) for a service that holds nothing, and asked before it: what a look tells, without
+    /// taking anything. A refusal is told by its reason alone: the rejection is made when the service is called. Default: a look does
+    /// not tell.
+    ///
+    /// ```
+    /// use portcullis::{GuardLayer, Name, Reason, Rejected, policy::{Admit, Gate, Glance, Never, Policy, Readiness, Reading, Refusing}};
+    /// use std::{sync::{Arc, atomic::{AtomicBool, Ordering}}, task::Context};
+    /// use tower::{ServiceBuilder, ServiceExt, service_fn};
+    ///
+    /// #[derive(Clone)]
+    /// struct Door(Name, Arc<AtomicBool>); // whether it is shut
+    ///
+    /// impl Door {
+    ///     fn refusing(&self) -> Option<Refusing<'_>> {
+    ///         self.1.load(Ordering::Relaxed).then(|| Refusing::new(&self.0, Reason::Other))
+    ///     }
+    ///     fn refusal(&self) -> Option<Rejected> {
+    ///         self.refusing().map(Refusing::reject)
+    ///     }
+    /// }
+    ///
+    /// impl Gate for Door {
+    ///     type Reserved = ();
+    ///     fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
+    ///         self.refusal().map_or(Readiness::Ready(()), Readiness::Rejected)
+    ///     }
+    ///
+    ///     const REFUSES_AT_A_GLANCE: bool = true;
+    ///     fn ready_at_a_glance(&self, _: &Reading) -> Glance<()> {
+    ///         self.refusing().map_or(Glance::Ready(()), |_| Glance::Refused(Reason::Other))
+    ///     }
+    ///     fn lapsed(&self, reason: Reason) -> Rejected {
+    ///         Rejected::new(self.0.clone(), reason)
+    ///     }
+    /// }
+    ///
+    /// impl<Req> Policy<Req> for Door {
+    ///     type Permit = ();
+    ///     type Wait = Never<()>;
+    ///     fn refusal(&self, (): &(), _: &Req, _: &Reading) -> Option<Rejected> {
+    ///         Door::refusal(self)
+    ///     }
+    ///     fn refuse_at_a_glance(&self, _: Option<&()>, _: &Req, _: &Reading) -> Option<Refusing<'_>> {
+    ///         self.refusing()
+    ///     }
+    ///     fn admit(&self, (): (), _: &Req, _: &Reading) -> Admit<(), Never<()>> {
+    ///         Door::refusal(self).map_or(Admit::Now(()), Admit::Rejected)
+    ///     }
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), portcullis::BoxError> {
+    /// let door = Door(Name::try_from("shop")?, Arc::default());
+    /// let service = ServiceBuilder::new()
+    ///     .layer(GuardLayer::new(door.clone()))
+    ///     .service(service_fn(async |order: u32| Ok::<_, std::io::Error>(order)));
+    /// assert_eq!(service.clone().oneshot(7).await?, 7);
+    /// door.1.store(true, Ordering::Relaxed);
+    /// assert!(service.oneshot(7).await.is_err());
+    /// # Ok(()) }
+    /// ```
+    fn ready_at_a_glance(&self, now: &Reading) -> Glance<Self::Reserved> {
+        let _ = now;
+        Glance::Unsure
+    }
+
+    /// Whether [`ready_at_a_glance`](Self::ready_at_a_glance) ever refuses. Of a pair only one does, the first if it may. Default: no.
+    const REFUSES_AT_A_GLANCE: bool = false;
+
+    /// The rejection of a call by a service that was refused for that reason [at a glance](Self::ready_at_a_glance) and is
+    /// called when this refuses no more: its time is over. Asked of no other policy.
+    fn lapsed(&self, reason: Reason) -> Rejected {
+        let _ = reason;
+        unimplemented!("a policy that refuses at a glance tells what has lapsed")
     }
 
     /// Counts a rejection that [`reserve`](Self::reserve) or [`Policy::refusal`] gave, if it is of this policy. Default: it
@@ -185,6 +271,19 @@ pub trait Policy<Req>: Gate {
     /// A shortcut of [`admit`](Self::admit): the permit, if a look at the policy is enough. Otherwise nothing is taken and nothing
     /// counted, and `admit` is asked. What was reserved is dropped once there is a permit. Default: a look is never enough.
     fn glance(&self, reserved: &Self::Reserved, request: &Req, now: &Reading) -> Option<Self::Permit> {
+        let _ = (reserved, request, now);
+        None
+    }
+
+    /// Another, for a call that is not admitted at a glance: the refusal, counted, if a look at the policy is enough. `reserved` is
+    /// `None` where the service was readied to reject: this refused, and is asked whether it still does. Otherwise nothing is
+    /// counted. Default: a look is never enough.
+    fn refuse_at_a_glance(
+        &self,
+        reserved: Option<&Self::Reserved>,
+        request: &Req,
+        now: &Reading,
+    ) -> Option<Refusing<'_>> {
         let _ = (reserved, request, now);
         None
     }
@@ -359,6 +458,18 @@ impl Gate for CircuitBreaker {
         Readiness::Ready(Reservation::default())
     }
 
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn ready_at_a_glance(&self, now: &Reading) -> Glance<Reservation> {
+        CircuitBreaker::ready_at_a_glance(self, now)
+    }
+
+    const REFUSES_AT_A_GLANCE: bool = true;
+
+    fn lapsed(&self, reason: Reason) -> Rejected {
+        CircuitBreaker::lapsed(self, reason)
+    }
+
     fn count(&self, why: &Rejected, now: &Reading) -> bool {
         let own = why.limit.is_none() && why.service == *self.name();
         if own {
@@ -397,6 +508,19 @@ impl<Req> Policy<Req> for CircuitBreaker {
         self.glance(reserved, now)
     }
 
+    #[expect(
+        clippy::inline_always,
+        reason = "a rejection that is made here and moved there costs more than all the rest"
+    )]
+    #[inline(always)]
+    fn refuse_at_a_glance(&self, reserved: Option<&Reservation>, _: &Req, now: &Reading) -> Option<Refusing<'_>> {
+        if reserved.is_none_or(Reservation::is_empty) {
+            self.refuse_at_a_glance(now)
+        } else {
+            None
+        }
+    }
+
     #[inline]
     fn admit(&self, reserved: Reservation, _: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {
         self.redeem(reserved, now).into()
@@ -409,6 +533,11 @@ impl Gate for RateLimiter {
     #[inline]
     fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
         Readiness::Ready(())
+    }
+
+    #[inline]
+    fn ready_at_a_glance(&self, _: &Reading) -> Glance<()> {
+        Glance::Ready(())
     }
 
     fn count(&self, why: &Rejected, now: &Reading) -> bool {
@@ -435,6 +564,15 @@ impl<Req> Policy<Req> for RateLimiter {
         self.glance(now)
     }
 
+    #[expect(
+        clippy::inline_always,
+        reason = "a rejection that is made here and moved there costs more than all the rest"
+    )]
+    #[inline(always)]
+    fn refuse_at_a_glance(&self, _: Option<&()>, _: &Req, now: &Reading) -> Option<Refusing<'_>> {
+        self.refuse_at_a_glance(now)
+    }
+
     fn admit(&self, (): (), _: &Req, now: &Reading) -> Admit<Self::Permit, Self::Wait> {
         self.acquire_at(1, now).into()
     }
@@ -452,6 +590,31 @@ impl<A: Gate, B: Gate> Gate for (A, B) {
 
     fn look(&self, now: &Reading) -> Readiness<Self::Reserved> {
         self.0.look(now).and(|| self.1.look(now))
+    }
+
+    #[inline]
+    fn ready_at_a_glance(&self, now: &Reading) -> Glance<Self::Reserved> {
+        let first = match self.0.ready_at_a_glance(now) {
+            Glance::Ready(first) => first,
+            Glance::Refused(reason) => return Glance::Refused(reason),
+            Glance::Unsure => return Glance::Unsure,
+        };
+        match self.1.ready_at_a_glance(now) {
+            Glance::Ready(second) => Glance::Ready((first, second)),
+            // Of two that may refuse it has to be known which did.
+            Glance::Refused(reason) if !A::REFUSES_AT_A_GLANCE => Glance::Refused(reason),
+            Glance::Refused(_) | Glance::Unsure => Glance::Unsure,
+        }
+    }
+
+    const REFUSES_AT_A_GLANCE: bool = A::REFUSES_AT_A_GLANCE || B::REFUSES_AT_A_GLANCE;
+
+    fn lapsed(&self, reason: Reason) -> Rejected {
+        if A::REFUSES_AT_A_GLANCE {
+            self.0.lapsed(reason)
+        } else {
+            self.1.lapsed(reason)
+        }
     }
 
     fn count(&self, why: &Rejected, now: &Reading) -> bool {
@@ -530,6 +693,23 @@ where
             Some((one, other))
         } else {
             None
+        }
+    }
+
+    #[inline]
+    fn refuse_at_a_glance(
+        &self,
+        reserved: Option<&Self::Reserved>,
+        request: &Req,
+        now: &Reading,
+    ) -> Option<Refusing<'_>> {
+        // Of a service that was not refused both have to be asked, and who refuses longer tells.
+        if reserved.is_some() {
+            None
+        } else if A::REFUSES_AT_A_GLANCE {
+            self.0.refuse_at_a_glance(None, request, now)
+        } else {
+            self.1.refuse_at_a_glance(None, request, now)
         }
     }
 
