@@ -110,13 +110,16 @@ impl<'a> Refusing<'a> {
     #[inline(always)]
     pub fn reject(self) -> Rejected {
         match (self.service.as_short(), self.limit) {
-            (Some(service), None) => self.of(service.into(), None),
-            (Some(service), Some(limit)) => match limit.as_short() {
-                Some(limit) => self.of(service.into(), Some(limit.into())),
-                None => self.with_long_names(),
-            },
-            (None, _) => self.with_long_names(),
+            (Some(service), None) => return self.of(service.into(), None),
+            (Some(service), Some(limit)) => {
+                if let Some(limit) = limit.as_short() {
+                    return self.of(service.into(), Some(limit.into()));
+                }
+            }
+            (None, _) => {}
         }
+        let (service, limit) = share(self.service, self.limit);
+        self.of(service, limit)
     }
 
     #[expect(clippy::inline_always, reason = "made where it is wanted")]
@@ -132,12 +135,13 @@ impl<'a> Refusing<'a> {
             status: LazyStatus::default(),
         }
     }
+}
 
-    #[cold]
-    #[inline(never)]
-    fn with_long_names(self) -> Rejected {
-        self.of(self.service.clone(), self.limit.cloned())
-    }
+/// Names of which one is long. Handed no more than those, so that the rest of a rejection need not lie in memory.
+#[cold]
+#[inline(never)]
+fn share(service: &Name, limit: Option<&Name>) -> (Name, Option<Name>) {
+    (service.clone(), limit.cloned())
 }
 
 /// Why a call was rejected.
