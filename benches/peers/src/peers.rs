@@ -15,7 +15,7 @@ use circuitbreaker_rs::DefaultPolicy;
 use failsafe::CircuitBreaker as _;
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota};
 use recloser::Recloser;
-use std::{io, num::NonZero, sync::Arc, time::Duration};
+use std::{io, num::NonZero, pin::pin, sync::Arc, time::Duration};
 use tower::limit::RateLimitLayer;
 use tower_governor::{GovernorLayer, governor::GovernorConfigBuilder, key_extractor::GlobalKeyExtractor};
 use tower_resilience_circuitbreaker::{
@@ -138,7 +138,7 @@ pub(crate) fn accepting() -> Vec<Row> {
             Candidate::plain(move |_| {
                 let limiter = called.clone();
                 move || {
-                    settle(limiter.acquire_one(), |()| ());
+                    settle(pin!(limiter.acquire_one()), |()| ());
                     true
                 }
             })
@@ -282,7 +282,7 @@ fn circuitbreaker_rs(breaker: &CircuitBreakerRs, state: circuitbreaker_rs::State
 fn tower_resilience(config: CircuitBreakerConfigBuilder<DefaultClassifier>, state: CircuitState) -> Candidate {
     let (layer, handle) = shared(config);
     if state == CircuitState::Open {
-        settle(handle.force_open(), |_| ());
+        settle(pin!(handle.force_open()), |_| ());
     }
     Candidate::service(layer).check(move |_| same("state", &handle.state(), &state))
 }

@@ -5,7 +5,7 @@ use std::{
     future::{Future, Ready, ready},
     hint::{black_box, spin_loop},
     io,
-    pin::pin,
+    pin::{Pin, pin},
     task::{Context, Poll, Waker},
     thread,
 };
@@ -204,9 +204,11 @@ impl Candidate {
     {
         Self::plain(move |_| {
             let mut service = layer.layer(Web);
-            move || ask(&mut service, Request::new(()), |answer| {
-                answer.as_ref().is_ok_and(|response| response.status() == 200)
-            })
+            move || {
+                ask(&mut service, Request::new(()), |answer| {
+                    answer.as_ref().is_ok_and(|response| response.status() == 200)
+                })
+            }
         })
         .sized::<<L::Service as Service<Request>>::Future, Web, Request>()
     }
@@ -247,15 +249,15 @@ fn ask<S: Service<R>, R>(
             Poll::Pending => waiting.go_on(),
         }
     }
-    black_box(settle(service.call(black_box(request)), is_good))
+    // Pinned where `call` leaves it, as `await` does.
+    black_box(settle(pin!(service.call(black_box(request))), is_good))
 }
 
 /// Polls until it is ready. Ours is at once; a peer whose lock another thread holds is polled again, which costs it less than
 /// being woken by a runtime.
 #[inline]
-pub(crate) fn settle<F: Future, T>(future: F, look: impl FnOnce(&F::Output) -> T) -> T {
+pub(crate) fn settle<F: Future, T>(mut future: Pin<&mut F>, look: impl FnOnce(&F::Output) -> T) -> T {
     let mut cx = Context::from_waker(Waker::noop());
-    let mut future = pin!(future);
     let mut waiting = Waiting::default();
     loop {
         match future.as_mut().poll(&mut cx) {
