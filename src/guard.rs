@@ -404,29 +404,22 @@ where
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         let now = Reading::new();
-        let policy = &self.layer.policy;
-        let answer = match std::mem::replace(&mut self.ready, Ready::No) {
-            Ready::Reserving(held) | Ready::Yes(held) => policy.reserve(Some(held), &now, cx),
-            Ready::No | Ready::Refused => match policy.ready_at_a_glance(&now) {
-                Glance::Ready(reserved) => Readiness::Ready(reserved),
+        let reserved = match std::mem::replace(&mut self.ready, Ready::No) {
+            Ready::No | Ready::Refused => match self.layer.policy.ready_at_a_glance(&now) {
+                Glance::Ready(reserved) => reserved,
                 Glance::Refused(reason) => {
                     (self.ready, self.looked) = (Ready::Refused, Some(reason));
                     return Poll::Ready(Ok(()));
                 }
-                Glance::Unsure => policy.reserve(None, &now, cx),
+                Glance::Unsure => match self.reserve(None, &now, cx) {
+                    Ok(reserved) => reserved,
+                    Err(asked) => return asked.map(Ok),
+                },
             },
-        };
-        let reserved = match answer {
-            Readiness::Ready(reserved) => reserved,
-            Readiness::Pending(reserved) => {
-                self.ready = Ready::Reserving(reserved);
-                return Poll::Pending;
-            }
-            Readiness::Rejected(why) => {
-                (self.ready, self.looked) = (Ready::Refused, None);
-                self.refusal = Some(why);
-                return Poll::Ready(Ok(()));
-            }
+            Ready::Reserving(held) | Ready::Yes(held) => match self.reserve(Some(held), &now, cx) {
+                Ok(reserved) => reserved,
+                Err(asked) => return asked.map(Ok),
+            },
         };
         let readying = Readying {
             policy: &self.layer.policy,
@@ -452,24 +445,17 @@ where
 
     #[inline]
     fn call(&mut self, request: Req) -> Self::Future {
-        let now = Reading::new();
-        let admit = match std::mem::replace(&mut self.ready, Ready::No) {
+        match std::mem::replace(&mut self.ready, Ready::No) {
             Ready::Yes(reserved) => {
+                let now = Reading::new();
                 if let Some(permit) = self.layer.policy.glance(&reserved, &request, &now) {
-                    return self.make(permit, request);
+                    self.make(permit, request)
+                } else {
+                    self.refuse_or_admit(reserved, request, &now.again())
                 }
-                return self.refuse_or_admit(reserved, request, &now.again());
             }
-            Ready::Refused => {
-                let future = self.refuse(request);
-                return ResponseFuture {
-                    state: State::Rejected { future },
-                };
-            }
-            Ready::Reserving(reserved) => self.admit(Some(reserved), &request, &now),
-            Ready::No => self.admit(None, &request, &now),
-        };
-        self.go_on(admit, request)
+            found => self.call_otherwise(found, request),
+        }
     }
 }
 
@@ -487,6 +473,28 @@ impl<P, C, R> GuardLayer<P, C, R> {
 }
 
 impl<S, P: Gate, C, R> Guard<S, P, C, R> {
+    /// Asks the policy where a glance is not enough: what it reserves, or the answer of `poll_ready`.
+    #[inline(never)]
+    fn reserve(
+        &mut self,
+        held: Option<P::Reserved>,
+        now: &Reading,
+        cx: &mut Context<'_>,
+    ) -> Result<P::Reserved, Poll<()>> {
+        match self.layer.policy.reserve(held, now, cx) {
+            Readiness::Ready(reserved) => Ok(reserved),
+            Readiness::Pending(reserved) => {
+                self.ready = Ready::Reserving(reserved);
+                Err(Poll::Pending)
+            }
+            Readiness::Rejected(why) => {
+                (self.ready, self.looked) = (Ready::Refused, None);
+                self.refusal = Some(why);
+                Err(Poll::Ready(()))
+            }
+        }
+    }
+
     /// Makes a call that was admitted.
     #[inline]
     fn make<Req>(&mut self, permit: P::Permit, request: Req) -> ResponseFuture<S, Req, P, C, R>
@@ -505,6 +513,30 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
         ResponseFuture {
             state: State::Called { watch, kept },
         }
+    }
+
+    /// Calls what was readied to reject, or was not readied. Out of line, for it shares nothing with others.
+    #[inline(never)]
+    fn call_otherwise<Req>(&mut self, found: Ready<P::Reserved>, request: Req) -> ResponseFuture<S, Req, P, C, R>
+    where
+        S: Service<Req>,
+        P: Policy<Req>,
+        P::Wait: Hold<S, Req>,
+        C: Classify<Req, S::Response, S::Error>,
+        R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error> + Clone,
+    {
+        let reserved = match found {
+            Ready::Refused => {
+                let future = self.refuse(request);
+                return ResponseFuture {
+                    state: State::Rejected { future },
+                };
+            }
+            Ready::Yes(reserved) | Ready::Reserving(reserved) => Some(reserved),
+            Ready::No => None,
+        };
+        let admit = self.admit(reserved, &request, &Reading::new());
+        self.go_on(admit, request)
     }
 
     /// Makes a call that was admitted, waits with one that may be, and rejects the others.

@@ -225,6 +225,12 @@ impl Machine {
         self.first_lease_end().map_or(until, |end| end.max(until))
     }
 
+    /// Whether it is closed and moves by itself only.
+    #[inline]
+    pub(super) fn is_plainly_closed(&self) -> bool {
+        matches!((self.forced, self.mode), (None, Mode::Closed))
+    }
+
     /// From when on a call would be admitted, if nothing happens until then: any time if one is now, never if nobody can tell.
     pub(super) fn admits_from(&self) -> Timestamp {
         const ANY_TIME: Timestamp = Timestamp::from_nanos(0);
@@ -365,9 +371,8 @@ impl Machine {
     /// Whether one of the rates is as high as may be.
     fn is_reached(&self, tally: Tally) -> bool {
         let settings = &self.settings;
-        let reached = |rate: Option<f64>, most: Option<f64>| rate.zip(most).is_some_and(|(rate, most)| rate >= most);
-        reached(tally.failure_rate(), settings.failure_rate)
-            || reached(tally.slow_rate(), settings.slow_calls.map(|(rate, _)| rate))
+        settings.failure_rate.is_some_and(|most| tally.failures_reach(most))
+            || settings.slow_calls.is_some_and(|(most, _)| tally.slow_reach(most))
     }
 
     /// Opens: for the configured time, or for as long as the service asked.

@@ -263,6 +263,21 @@ fn step_at<T>(
     let mut locked = place.lock::<Machine>();
     let machine: &mut Machine = &mut locked;
     machine.catch_up(place.done(machine.generation()));
+    if machine.is_plainly_closed() {
+        // It admits everybody: no step makes it admit sooner.
+        let (done, transition) = step(machine);
+        if transition.is_some() || !publish_quick(place, machine, now) {
+            publish(place, constant, machine, now);
+        }
+        let transitions = [None, transition];
+        return (
+            done,
+            Moved {
+                admits_sooner: false,
+                transitions,
+            },
+        );
+    }
     let before = machine.admits_from();
     let due = machine.advance(now);
     let (done, transition) = step(machine);
@@ -272,6 +287,30 @@ fn step_at<T>(
         transitions: [due, transition],
     };
     (done, moved)
+}
+
+/// Writes what alone changes from call to call of a circuit that stays closed: what becomes of quick successes. `false`, and nothing
+/// is written, if more has changed.
+fn publish_quick(place: Place<'_>, machine: &mut Machine, now: Now<'_>) -> bool {
+    const QUICK: u64 = word::CLEAN | word::COUNTED | word::WITHIN;
+
+    let hot = place.hot();
+    let word = hot.word().load(Ordering::Relaxed);
+    let seated = word & word::SEATED != 0;
+    let same = word & (word::MODE | word::WITHIN) == word::CLOSED && word::generation(word) == machine.generation();
+    if !same || !machine.is_plainly_closed() {
+        return false;
+    }
+    let quick = match machine.quick(now) {
+        Quick::Nothing => word::CLEAN,
+        Quick::Count if seated => word::COUNTED,
+        Quick::CountWithin(..) => return false,
+        Quick::Count | Quick::Record => 0,
+    };
+    if word & QUICK != quick {
+        hot.word().store(word & !QUICK | quick, Ordering::Release);
+    }
+    true
 }
 
 /// Writes the word for what the machine is now. The caller holds the machine.

@@ -33,6 +33,20 @@ impl Tally {
         self.slow -= other.slow;
     }
 
+    pub(super) fn failures_reach(&self, most: f64) -> bool {
+        Self::reaches(self.failures, self.calls, most)
+    }
+
+    pub(super) fn slow_reach(&self, most: f64) -> bool {
+        Self::reaches(self.slow, self.calls, most)
+    }
+
+    /// Whether the ratio is as high as that. Far from it a product tells as much as the quotient, in a fifth of the time.
+    fn reaches(part: u64, calls: u64, most: f64) -> bool {
+        const FAR: f64 = 0.99;
+        part as f64 >= most * FAR * calls as f64 && Self::ratio(part, calls).is_some_and(|rate| rate >= most)
+    }
+
     fn ratio(part: u64, calls: u64) -> Option<f64> {
         // A division rounds correctly: 3 of 30 is the same number as the literal 0.1, where 0.1 × 30 is more than 3.
         (calls > 0).then(|| part as f64 / calls as f64)
