@@ -425,19 +425,22 @@ pub(crate) trait Homed: Send + Sync + 'static {
 }
 
 /// A handle of a state that every clone shares.
-pub(crate) struct Striped<T: Homed>(sync::Arc<Root<T>>);
-
-struct Root<T: Homed> {
+pub(crate) struct Striped<T: Homed> {
     /// Where the state sits; here, too, because the hot paths begin here.
     seat: Option<&'static Seat>,
-    number: u8,
+    root: sync::Arc<Root<T>>,
+}
+
+struct Root<T: Homed> {
+    /// The number of the seat, if there is one.
+    number: Option<u8>,
     state: Arc<T>,
 }
 
 impl<T: Homed> Drop for Root<T> {
     fn drop(&mut self) {
-        if let Some(seat) = self.seat {
-            seat.leave();
+        if let Some(number) = self.number {
+            Seat::numbered(number).leave();
         }
     }
 }
@@ -450,9 +453,12 @@ impl<T: Homed> Striped<T> {
         };
         let seat = Seat::numbered(number);
         let mut root = Self::with(make, Home(HomeKind::Seat(number)));
-        (root.seat, root.number) = (Some(seat), number);
+        root.number = Some(number);
         *lock(&seat.state) = Some(root.state.clone());
-        Self(sync::Arc::new(root))
+        Self {
+            seat: Some(seat),
+            root: sync::Arc::new(root),
+        }
     }
 
     /// A state that stands: for many of which each is used little.
@@ -462,36 +468,38 @@ impl<T: Homed> Striped<T> {
             line: Line::zero(),
         };
         let home = Home(HomeKind::Standing(Box::new(standing), Mutex::new(None)));
-        Self(sync::Arc::new(Self::with(make, home)))
+        Self {
+            seat: None,
+            root: sync::Arc::new(Self::with(make, home)),
+        }
     }
 
     fn with(make: impl FnOnce(Home) -> T, home: Home) -> Root<T> {
         Root {
-            seat: None,
-            number: 0,
+            number: None,
             state: Arc::new(make(home)),
         }
     }
 
     /// Whether nobody else holds this handle or, of a state that stands, a share.
     pub(crate) fn is_sole(&mut self) -> bool {
-        sync::Arc::get_mut(&mut self.0).is_some_and(|root| Arc::get_mut(&mut root.state).is_some())
+        sync::Arc::get_mut(&mut self.root).is_some_and(|root| Arc::get_mut(&mut root.state).is_some())
     }
 
     #[inline]
     pub(crate) fn hot(&self) -> &Hot {
-        match self.0.seat {
+        match self.seat {
             Some(seat) => &seat.hot,
-            None => self.0.state.home().place().hot(),
+            None => self.root.state.home().place().hot(),
         }
     }
 
     /// Adds to one of the counters.
     #[inline]
     pub(crate) fn add(&self, counter: usize, n: u64) {
-        match self.0.seat {
+        match self.seat {
             Some(seat) => seat.add(counter, n),
-            None => self.0.state.home().place().add(counter, n),
+            None => self.root.state.home().place().add(counter, n),
         }
     }
 
@@ -500,10 +508,10 @@ impl<T: Homed> Striped<T> {
     #[inline(always)]
     pub(crate) fn count_and_share(&self, counter: usize) -> Share<T> {
         debug_assert!(BEGINNINGS.contains(&counter), "counted as a beginning");
-        match self.0.seat {
+        match self.seat {
             Some(seat) => {
                 seat.add(counter, 1);
-                Share::Sitting(Sitting(self.0.number))
+                Share::Sitting(Sitting(self.root.number.unwrap_or_default()))
             }
             None => self.count_and_stand(counter),
         }
@@ -511,20 +519,23 @@ impl<T: Homed> Striped<T> {
 
     #[inline(never)]
     fn count_and_stand(&self, counter: usize) -> Share<T> {
-        self.0.state.home().place().add(counter, 1);
-        Share::Standing(self.0.state.clone())
+        self.root.state.home().place().add(counter, 1);
+        Share::Standing(self.root.state.clone())
     }
 
     /// Whether both are handles of one state.
     pub(crate) fn same(&self, other: &Self) -> bool {
-        sync::Arc::ptr_eq(&self.0, &other.0)
+        sync::Arc::ptr_eq(&self.root, &other.root)
     }
 }
 
 impl<T: Homed> Clone for Striped<T> {
     #[inline]
     fn clone(&self) -> Self {
-        Self(self.0.clone())
+        Self {
+            seat: self.seat,
+            root: self.root.clone(),
+        }
     }
 }
 
@@ -532,7 +543,7 @@ impl<T: Homed> Deref for Striped<T> {
     type Target = T;
     #[inline]
     fn deref(&self) -> &T {
-        &self.0.state
+        &self.root.state
     }
 }
 

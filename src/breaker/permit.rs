@@ -6,7 +6,7 @@ use super::{
 use crate::{
     clock::{Clock, Now, Reading, Timestamp},
     permit::{Outcome, Permit, Verdict},
-    stripe::{Share, Sitting, Striped},
+    stripe::{Hot, Share, Sitting, Striped},
 };
 use std::{
     fmt,
@@ -230,12 +230,11 @@ const UNTOLD: u64 = 256;
 
 /// Whether a success is to be counted now under a word that says within, and the word is still that.
 #[inline(never)]
-fn is_within(seat: &Sitting, word: u64, now: &Reading) -> bool {
+fn is_within(hot: &Hot, word: u64, now: &Reading) -> bool {
     let Some(clock) = word::clock(word) else {
         return false;
     };
     let now = now.at_kind(clock).nanos();
-    let hot = seat.hot();
     let (since, until) = (hot.since().load(Ordering::Acquire), hot.until().load(Ordering::Acquire));
     (since..until).contains(&now) && hot.word().load(Ordering::Acquire) == word
 }
@@ -247,7 +246,7 @@ fn is_within(seat: &Sitting, word: u64, now: &Reading) -> bool {
 fn count(seat: &Sitting, word: u64, now: &Reading) -> u64 {
     if word & word::WITHIN != 0 {
         // The end of the time is told soon enough, and nothing becomes clean before that.
-        let counted = is_within(seat, word, now) && seat.count_done(word::generation(word)) > 0;
+        let counted = is_within(seat.hot(), word, now) && seat.count_done(word::generation(word)) > 0;
         return counted.into();
     }
     seat.count_done(word::generation(word))

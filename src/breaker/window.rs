@@ -160,7 +160,15 @@ impl CountWindow {
         self.tally.add(Tally::of(failed, slow));
         self.failed[word] = self.failed[word] & !(1 << bit) | u64::from(failed) << bit;
         self.slow[word] = self.slow[word] & !(1 << bit) | u64::from(slow) << bit;
-        self.next = (self.next + 1) % self.size;
+        self.move_on(1);
+    }
+
+    /// So many places on, at most to the end.
+    fn move_on(&mut self, places: u32) {
+        self.next += places;
+        if self.next == self.size {
+            self.next = 0;
+        }
     }
 
     /// Records so many quick successes, up to 64 of them in a step: O(n / 64), at most O(size / 64).
@@ -176,7 +184,7 @@ impl CountWindow {
             self.tally.slow -= u64::from((self.slow[word] & covered).count_ones());
             self.failed[word] &= !covered;
             self.slow[word] &= !covered;
-            self.next = (self.next + step) % self.size;
+            self.move_on(step);
             left -= step;
         }
         self.tally.calls = (self.tally.calls + u64::from(calls)).min(self.size.into());

@@ -55,7 +55,7 @@ fn seated() -> (Striped<Watched>, Arc<Watch>) {
 }
 
 fn seat(handle: &Striped<Watched>) -> &'static Seat {
-    handle.0.seat.expect("there are seats enough")
+    handle.seat.expect("there are seats enough")
 }
 
 /// What the models count at the two ends of a share, and apart from any.
