@@ -399,7 +399,7 @@ impl Future for Sleep {
 }
 
 /// The time now, read when it is asked for: a step that needs none does not pay for it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) enum Now<'a> {
     At(Timestamp),
     Asked(&'a Reading, &'a Clock),
@@ -407,9 +407,9 @@ pub(crate) enum Now<'a> {
 
 impl Now<'_> {
     #[inline]
-    pub(crate) fn get(self) -> Timestamp {
+    pub(crate) fn get(&self) -> Timestamp {
         match self {
-            Self::At(now) => now,
+            Self::At(now) => *now,
             Self::Asked(reading, clock) => reading.at(clock),
         }
     }

@@ -155,20 +155,22 @@ impl Machine {
     /// A success cannot trip where no rate is reached: it only makes the rates smaller, and so do those after it, until a tenth
     /// of a window of time runs out and takes other successes with it. Where a rate is reached, and only the minimum of calls is
     /// not, a success may trip.
-    pub(super) fn quick(&mut self, now: Now<'_>) -> Quick {
+    pub(super) fn quick(&mut self, now: &Now<'_>) -> Quick {
         match &self.window {
-            Some(window) if !window.is_clean() => {
-                if self.is_reached(window.tally(now)) {
+            Some(RateWindow::Calls(window)) if !window.is_clean() => {
+                if self.is_reached(window.tally()) {
+                    Quick::Record
+                } else {
+                    Quick::Count
+                }
+            }
+            Some(RateWindow::Time(window)) => {
+                if self.is_reached(&window.tally(now.get())) {
                     return Quick::Record;
                 }
-                match window {
-                    RateWindow::Calls(_) => Quick::Count,
-                    RateWindow::Time(window) => {
-                        let (start, end) = window.tenth(now.get());
-                        self.tenth = start;
-                        Quick::CountWithin(start, end)
-                    }
-                }
+                let (start, end) = window.tenth(now.get());
+                self.tenth = start;
+                Quick::CountWithin(start, end)
             }
             // It ends a run of failures.
             _ if self.consecutive > 0 => Quick::Count,
@@ -196,7 +198,7 @@ impl Machine {
             // A run that nobody watches is counted on and on.
             && (self.consecutive == 0 || self.settings.failure_threshold.is_none())
             && self.times.as_ref().is_none_or(|times| times.within(now) == 0)
-            && self.window.as_ref().is_none_or(|window| blameless(window.tally(Now::At(now))))
+            && self.window.as_ref().is_none_or(|window| blameless(window.tally(&Now::At(now))))
             && self.probes.iter().all(|lease| lease.end <= now)
     }
 
@@ -244,7 +246,7 @@ impl Machine {
     }
 
     /// Makes a due transition real.
-    pub(super) fn advance(&mut self, now: Now<'_>) -> Option<Transition> {
+    pub(super) fn advance(&mut self, now: &Now<'_>) -> Option<Transition> {
         match self.mode {
             Mode::Open { until } if self.forced.is_none() && until <= now.get() => {
                 self.transitions.open_to_half_open += 1;
@@ -299,7 +301,7 @@ impl Machine {
     }
 
     /// Records how a call ended. The result of a call begun in an earlier generation moves nothing.
-    pub(super) fn record(&mut self, ended: Ended<'_>, now: Now<'_>) -> Option<Transition> {
+    pub(super) fn record(&mut self, ended: &Ended<'_>, now: &Now<'_>) -> Option<Transition> {
         if ended.generation != self.generation || self.forced == Some(Override::Disabled) {
             return None;
         }
@@ -333,7 +335,7 @@ impl Machine {
         }
     }
 
-    fn record_closed(&mut self, failed: bool, ended: Ended<'_>, now: Now<'_>) -> Option<Transition> {
+    fn record_closed(&mut self, failed: bool, ended: &Ended<'_>, now: &Now<'_>) -> Option<Transition> {
         // Ignored but slow is no success: it leaves a run of failures alone.
         if failed {
             self.consecutive = self.consecutive.saturating_add(1);
@@ -355,21 +357,24 @@ impl Machine {
         Some(self.open(ended.verdict.retry_after, now.get()))
     }
 
-    fn is_tripping(&self, failed: bool, now: Now<'_>) -> bool {
+    fn is_tripping(&self, failed: bool, now: &Now<'_>) -> bool {
         let settings = &self.settings;
         let consecutive = settings.failure_threshold.is_some_and(|most| self.consecutive >= most);
         // Only a failure adds to these; that a reconfiguration has lowered their numbers is no reason to trip on a success.
         if failed && (consecutive || self.times.as_ref().is_some_and(|times| times.is_tripping(now.get()))) {
             return true;
         }
-        let Some(tally) = self.window.as_ref().map(|window| window.tally(now)) else {
-            return false;
-        };
-        tally.calls >= settings.minimum_calls && self.is_reached(tally)
+        let reached = |tally: &Tally| tally.calls >= settings.minimum_calls && self.is_reached(tally);
+        // Looked at where it is: what was written in halves is slow to copy as a whole.
+        match &self.window {
+            None => false,
+            Some(RateWindow::Calls(window)) => reached(window.tally()),
+            Some(RateWindow::Time(window)) => reached(&window.tally(now.get())),
+        }
     }
 
     /// Whether one of the rates is as high as may be.
-    fn is_reached(&self, tally: Tally) -> bool {
+    fn is_reached(&self, tally: &Tally) -> bool {
         let settings = &self.settings;
         settings.failure_rate.is_some_and(|most| tally.failures_reach(most))
             || settings.slow_calls.is_some_and(|(most, _)| tally.slow_reach(most))
@@ -508,7 +513,7 @@ impl Machine {
         if let Mode::HalfOpen { successes } = self.mode {
             view.success_count = successes;
         }
-        view.window = self.window.as_ref().map(|window| window.tally(Now::At(now)));
+        view.window = self.window.as_ref().map(|window| window.tally(&Now::At(now)));
         view.failure_count = match (&self.settings.failure_threshold, &self.times, view.window) {
             (Some(_), ..) => self.consecutive.into(),
             (None, Some(times), _) => times.within(now) as u64,

@@ -257,7 +257,7 @@ impl Moved {
 fn step_at<T>(
     place: Place<'_>,
     constant: u64,
-    now: Now<'_>,
+    now: &Now<'_>,
     step: impl FnOnce(&mut Machine) -> (T, Option<Transition>),
 ) -> (T, Moved) {
     let mut locked = place.lock::<Machine>();
@@ -291,7 +291,7 @@ fn step_at<T>(
 
 /// Writes what alone changes from call to call of a circuit that stays closed: what becomes of quick successes. `false`, and nothing
 /// is written, if more has changed.
-fn publish_quick(place: Place<'_>, machine: &mut Machine, now: Now<'_>) -> bool {
+fn publish_quick(place: Place<'_>, machine: &mut Machine, now: &Now<'_>) -> bool {
     const QUICK: u64 = word::CLEAN | word::COUNTED | word::WITHIN;
 
     let hot = place.hot();
@@ -314,7 +314,7 @@ fn publish_quick(place: Place<'_>, machine: &mut Machine, now: Now<'_>) -> bool 
 }
 
 /// Writes the word for what the machine is now. The caller holds the machine.
-fn publish(place: Place<'_>, constant: u64, machine: &mut Machine, now: Now<'_>) {
+fn publish(place: Place<'_>, constant: u64, machine: &mut Machine, now: &Now<'_>) {
     let mode = match (machine.forced(), machine.state()) {
         (Some(Override::Disabled), _) => word::DISABLED,
         (Some(Override::ForcedOpen), _) => word::FORCED_OPEN,
@@ -479,7 +479,7 @@ impl Core {
 
     /// Runs a step of the machine, and tells those who wait and the listeners outside the lock.
     fn step<T>(&self, now: Timestamp, step: impl FnOnce(&mut Machine) -> (T, Option<Transition>)) -> T {
-        let (done, moved) = step_at(self.home.place(), self.constant, Now::At(now), step);
+        let (done, moved) = step_at(self.home.place(), self.constant, &Now::At(now), step);
         self.tell(&moved);
         done
     }

@@ -153,7 +153,7 @@ impl Parts {
         };
         let (admitted, lease) = (self.word.get(), self.lease);
         let clock = clock(admitted, &share);
-        let now = Now::Asked(now, &clock);
+        let now = &Now::Asked(now, &clock);
         let long = admitted & word::TIMED != 0 && {
             let took = now.get().nanos().saturating_sub(self.started.nanos());
             took >= share.place().hot().slow().load(Ordering::Relaxed)
@@ -191,7 +191,7 @@ impl Parts {
             if let Some(lease) = lease {
                 machine.release(*lease);
             }
-            machine.record(ended, now)
+            machine.record(&ended, now)
         });
     }
 
@@ -203,7 +203,7 @@ impl Parts {
         };
         if let Some(lease) = self.lease {
             let (admitted, clock) = (self.word.get(), clock(self.word.get(), &share));
-            step(&share, admitted, Now::Asked(now, &clock), |machine| {
+            step(&share, admitted, &Now::Asked(now, &clock), |machine| {
                 machine.release(*lease);
                 None
             });
@@ -217,7 +217,7 @@ fn clock(admitted: u64, share: &Share<Core>) -> Clock {
 }
 
 /// Steps the machine, and goes the way to the breaker only if there is something to tell.
-fn step(share: &Share<Core>, admitted: u64, now: Now<'_>, step: impl FnOnce(&mut Machine) -> Option<Transition>) {
+fn step(share: &Share<Core>, admitted: u64, now: &Now<'_>, step: impl FnOnce(&mut Machine) -> Option<Transition>) {
     let constant = admitted & word::CONSTANT;
     let ((), moved) = step_at(share.place(), constant, now, |machine| ((), step(machine)));
     if !moved.is_nothing() {
@@ -270,7 +270,7 @@ fn count_after_a_move(seat: &Sitting, admitted: u64, now: &Reading) -> u64 {
 fn tell(seat: Sitting, admitted: u64, now: &Reading) {
     let share = Share::Sitting(seat);
     let clock = clock(admitted, &share);
-    step(&share, admitted, Now::Asked(now, &clock), |_| None);
+    step(&share, admitted, &Now::Asked(now, &clock), |_| None);
 }
 
 impl Permit for CircuitBreakerPermit {

@@ -27,12 +27,6 @@ impl Tally {
         self.slow += other.slow;
     }
 
-    fn remove(&mut self, other: Self) {
-        self.calls -= other.calls;
-        self.failures -= other.failures;
-        self.slow -= other.slow;
-    }
-
     pub(super) fn failures_reach(&self, most: f64) -> bool {
         Self::reaches(self.failures, self.calls, most)
     }
@@ -42,9 +36,12 @@ impl Tally {
     }
 
     /// Whether the ratio is as high as that. Far from it a product tells as much as the quotient, in a fifth of the time.
+    #[inline]
     fn reaches(part: u64, calls: u64, most: f64) -> bool {
         const FAR: f64 = 0.99;
-        part as f64 >= most * FAR * calls as f64 && Self::ratio(part, calls).is_some_and(|rate| rate >= most)
+        // Signed numbers become floats in one step.
+        let (some, all) = (part.cast_signed() as f64, calls.cast_signed() as f64);
+        some >= most * FAR * all && Self::ratio(part, calls).is_some_and(|rate| rate >= most)
     }
 
     fn ratio(part: u64, calls: u64) -> Option<f64> {
@@ -76,7 +73,8 @@ impl RateWindow {
         }
     }
 
-    pub(super) fn record(&mut self, failed: bool, slow: bool, now: Now<'_>) {
+    #[inline]
+    pub(super) fn record(&mut self, failed: bool, slow: bool, now: &Now<'_>) {
         match self {
             Self::Calls(window) => window.record(failed, slow),
             Self::Time(window) => window.record(Tally::of(failed, slow), now.get()),
@@ -97,20 +95,11 @@ impl RateWindow {
         }
     }
 
-    pub(super) fn tally(&self, now: Now<'_>) -> Tally {
+    #[inline]
+    pub(super) fn tally(&self, now: &Now<'_>) -> Tally {
         match self {
-            Self::Calls(window) => window.tally,
+            Self::Calls(window) => *window.tally(),
             Self::Time(window) => window.tally(now.get()),
-        }
-    }
-
-    /// Whether one more success would leave the window as it is, so that it need not be recorded.
-    pub(super) fn is_clean(&self) -> bool {
-        match self {
-            Self::Calls(window) => {
-                window.tally.calls == u64::from(window.size) && window.tally.failures == 0 && window.tally.slow == 0
-            }
-            Self::Time(_) => false,
         }
     }
 
@@ -129,65 +118,84 @@ impl RateWindow {
 pub(super) struct CountWindow {
     size: u32,
     next: u32,
-    failed: Vec<u64>,
-    slow: Vec<u64>,
+    marks: Vec<Marks>,
     tally: Tally,
+}
+
+/// What 64 calls were, a bit each. Places that no call has taken yet have none.
+#[derive(Debug, Clone, Copy, Default)]
+struct Marks {
+    failed: u64,
+    slow: u64,
 }
 
 impl CountWindow {
     fn new(size: u32) -> Self {
-        let words = size.div_ceil(64) as usize;
         Self {
             size,
             next: 0,
-            failed: vec![0; words],
-            slow: vec![0; words],
+            marks: vec![Marks::default(); size.div_ceil(64) as usize],
             tally: Tally::default(),
         }
     }
 
+    #[inline]
+    pub(super) fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    /// Whether one more success would leave the window as it is, so that it need not be recorded.
+    #[inline]
+    pub(super) fn is_clean(&self) -> bool {
+        self.tally.calls == u64::from(self.size) && self.tally.failures == 0 && self.tally.slow == 0
+    }
+
     fn get(&self, at: u32) -> (bool, bool) {
-        let (word, bit) = ((at / 64) as usize, at % 64);
-        (self.failed[word] >> bit & 1 == 1, self.slow[word] >> bit & 1 == 1)
+        let (marks, bit) = (self.marks[(at / 64) as usize], at % 64);
+        (marks.failed >> bit & 1 == 1, marks.slow >> bit & 1 == 1)
     }
 
+    #[inline]
     fn record(&mut self, failed: bool, slow: bool) {
-        let (word, bit) = ((self.next / 64) as usize, self.next % 64);
-        if self.tally.calls == u64::from(self.size) {
-            let (failed, slow) = self.get(self.next);
-            self.tally.remove(Tally::of(failed, slow));
+        self.succeed(1);
+        let last = self.next.checked_sub(1).unwrap_or(self.size - 1);
+        let (marks, bit) = (&mut self.marks[(last / 64) as usize], last % 64);
+        // One after the other: the compiler would look at both at once, and what was written in halves is slow to read as a whole.
+        if failed {
+            marks.failed |= 1 << bit;
+            self.tally.failures += 1;
         }
-        self.tally.add(Tally::of(failed, slow));
-        self.failed[word] = self.failed[word] & !(1 << bit) | u64::from(failed) << bit;
-        self.slow[word] = self.slow[word] & !(1 << bit) | u64::from(slow) << bit;
-        self.move_on(1);
-    }
-
-    /// So many places on, at most to the end.
-    fn move_on(&mut self, places: u32) {
-        self.next += places;
-        if self.next == self.size {
-            self.next = 0;
+        if slow {
+            marks.slow |= 1 << bit;
+            self.tally.slow += 1;
         }
     }
 
     /// Records so many quick successes, up to 64 of them in a step: O(n / 64), at most O(size / 64).
+    #[inline]
     fn succeed(&mut self, calls: u64) {
-        let calls = u32::try_from(calls).unwrap_or(u32::MAX).min(self.size);
-        let mut left = calls;
+        let calls = calls.min(self.size.into());
+        self.tally.calls = (self.tally.calls + calls).min(self.size.into());
+        let mut left = u32::try_from(calls).unwrap_or(self.size);
         while left > 0 {
-            let (word, bit) = ((self.next / 64) as usize, self.next % 64);
+            let (marks, bit) = (&mut self.marks[(self.next / 64) as usize], self.next % 64);
             let step = left.min(64 - bit).min(self.size - self.next);
             let covered = (u64::MAX >> (64 - step)) << bit;
-            // Places that no call has taken yet have no bits.
-            self.tally.failures -= u64::from((self.failed[word] & covered).count_ones());
-            self.tally.slow -= u64::from((self.slow[word] & covered).count_ones());
-            self.failed[word] &= !covered;
-            self.slow[word] &= !covered;
-            self.move_on(step);
+            // Mostly there is nothing to forget.
+            if marks.failed & covered != 0 {
+                self.tally.failures -= u64::from((marks.failed & covered).count_ones());
+                marks.failed &= !covered;
+            }
+            if marks.slow & covered != 0 {
+                self.tally.slow -= u64::from((marks.slow & covered).count_ones());
+                marks.slow &= !covered;
+            }
+            self.next += step;
+            if self.next == self.size {
+                self.next = 0;
+            }
             left -= step;
         }
-        self.tally.calls = (self.tally.calls + u64::from(calls)).min(self.size.into());
     }
 
     fn resize(self, size: u32) -> Self {
@@ -268,7 +276,7 @@ impl TimeWindow {
             .filter(move |bucket| bucket.number + BUCKETS as u64 > newest)
     }
 
-    fn tally(&self, now: Timestamp) -> Tally {
+    pub(super) fn tally(&self, now: Timestamp) -> Tally {
         let mut sum = Tally::default();
         self.live(now).for_each(|bucket| sum.add(bucket.tally));
         sum
