@@ -99,6 +99,9 @@ pub(super) struct Machine {
     tenth: Timestamp,
     times: Option<FailureTimes>,
     window: Option<RateWindow>,
+    /// Whether a rate of a window of calls was reached by the last call that was recorded. Those that are only counted lower the
+    /// rates: it is never wrongly `false`.
+    is_high: bool,
     /// Running probes with their leases, of every generation: a slot is taken as long as its probe may be in the service.
     probes: BTreeSet<Lease>,
     last_probe: u64,
@@ -120,6 +123,7 @@ impl Machine {
             tenth: now,
             times: new_times(&settings),
             window: settings.window.map(RateWindow::new),
+            is_high: false,
             probes: BTreeSet::new(),
             last_probe: 0,
             trips: 0,
@@ -158,7 +162,7 @@ impl Machine {
     pub(super) fn quick(&mut self, now: &Now<'_>) -> Quick {
         match &self.window {
             Some(RateWindow::Calls(window)) if !window.is_clean() => {
-                if self.is_reached(window.tally()) {
+                if self.is_high {
                     Quick::Record
                 } else {
                     Quick::Count
@@ -350,6 +354,9 @@ impl Machine {
         if let Some(window) = &mut self.window {
             window.record(failed, ended.slow, now);
         }
+        if let Some(RateWindow::Calls(window)) = &self.window {
+            self.is_high = self.is_reached(window.tally());
+        }
         if self.forced.is_some() || !self.is_tripping(failed, now) {
             return None;
         }
@@ -364,12 +371,13 @@ impl Machine {
         if failed && (consecutive || self.times.as_ref().is_some_and(|times| times.is_tripping(now.get()))) {
             return true;
         }
-        let reached = |tally: &Tally| tally.calls >= settings.minimum_calls && self.is_reached(tally);
-        // Looked at where it is: what was written in halves is slow to copy as a whole.
         match &self.window {
             None => false,
-            Some(RateWindow::Calls(window)) => reached(window.tally()),
-            Some(RateWindow::Time(window)) => reached(&window.tally(now.get())),
+            Some(RateWindow::Calls(window)) => window.tally().calls >= settings.minimum_calls && self.is_high,
+            Some(RateWindow::Time(window)) => {
+                let tally = window.tally(now.get());
+                tally.calls >= settings.minimum_calls && self.is_reached(&tally)
+            }
         }
     }
 
@@ -439,6 +447,7 @@ impl Machine {
         self.consecutive = 0;
         self.times = new_times(&self.settings);
         self.window = self.settings.window.map(RateWindow::new);
+        self.is_high = false;
     }
 
     pub(super) fn force(&mut self, forced: Override, now: Timestamp) {
@@ -472,6 +481,8 @@ impl Machine {
             self.random = seed(&settings);
         }
         self.settings = settings;
+        // Perhaps not: the next call tells.
+        self.is_high = true;
         self.generation += 1;
         self.caught_up = 0;
     }

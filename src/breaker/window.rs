@@ -155,19 +155,34 @@ impl CountWindow {
         (marks.failed >> bit & 1 == 1, marks.slow >> bit & 1 == 1)
     }
 
+    // One mark after the other: the compiler would look at both at once, and what was written in halves is slow to read as a whole.
     #[inline]
     fn record(&mut self, failed: bool, slow: bool) {
-        self.succeed(1);
-        let last = self.next.checked_sub(1).unwrap_or(self.size - 1);
-        let (marks, bit) = (&mut self.marks[(last / 64) as usize], last % 64);
-        // One after the other: the compiler would look at both at once, and what was written in halves is slow to read as a whole.
+        let (marks, mask) = (&mut self.marks[(self.next / 64) as usize], 1 << (self.next % 64));
+        if marks.failed & mask != 0 {
+            marks.failed &= !mask;
+            self.tally.failures -= 1;
+        }
+        if marks.slow & mask != 0 {
+            marks.slow &= !mask;
+            self.tally.slow -= 1;
+        }
         if failed {
-            marks.failed |= 1 << bit;
+            marks.failed |= mask;
             self.tally.failures += 1;
         }
         if slow {
-            marks.slow |= 1 << bit;
+            marks.slow |= mask;
             self.tally.slow += 1;
+        }
+        self.tally.calls = (self.tally.calls + 1).min(self.size.into());
+        self.move_on(1);
+    }
+
+    fn move_on(&mut self, places: u32) {
+        self.next += places;
+        if self.next == self.size {
+            self.next = 0;
         }
     }
 
@@ -190,10 +205,7 @@ impl CountWindow {
                 self.tally.slow -= u64::from((marks.slow & covered).count_ones());
                 marks.slow &= !covered;
             }
-            self.next += step;
-            if self.next == self.size {
-                self.next = 0;
-            }
+            self.move_on(step);
             left -= step;
         }
     }
