@@ -19,14 +19,19 @@ const SECOND: Duration = Duration::from_secs(1);
 
 type Inner = fn(u32) -> Ready<Result<u32, std::io::Error>>;
 type Path = Box<dyn FnMut() -> bool>;
-/// A path by name, whether it answers, and how it is made.
+/// A path by name, whether its calls are answered as expected (or all rejected), and how it is made.
 type Row = (&'static str, bool, fn() -> Path);
 
 /// Readies and calls the service once; whether it was admitted.
 fn call<S: Service<u32>>(service: &mut S) -> bool {
+    ask(service, 1)
+}
+
+#[inline]
+fn ask<S: Service<u32>>(service: &mut S, request: u32) -> bool {
     let mut cx = Context::from_waker(Waker::noop());
     let _ = black_box(service.poll_ready(&mut cx));
-    matches!(pin!(service.call(black_box(1))).poll(&mut cx), Poll::Ready(Ok(_)))
+    matches!(pin!(service.call(black_box(request))).poll(&mut cx), Poll::Ready(Ok(_)))
 }
 
 fn through<L>(layer: L) -> Path
@@ -38,15 +43,24 @@ where
     Box::new(move || call(&mut service))
 }
 
-fn failing<L>(layer: L) -> Path
+/// One call in so many fails.
+fn failing<L>(layer: L, one_in: u32) -> Path
 where
     L: Layer<tower::util::ServiceFn<Inner>>,
     L::Service: Service<u32> + 'static,
 {
-    let mut service = layer.layer(service_fn(
-        (|_| ready(Err(std::io::ErrorKind::TimedOut.into()))) as Inner,
-    ));
-    Box::new(move || call(&mut service))
+    fn answer(request: u32) -> Ready<Result<u32, std::io::Error>> {
+        ready(match request {
+            0 => Err(std::io::ErrorKind::TimedOut.into()),
+            request => Ok(request),
+        })
+    }
+    let mut service = layer.layer(service_fn(answer as Inner));
+    let mut calls = 0;
+    Box::new(move || {
+        calls += 1;
+        ask(&mut service, calls % one_in) == (calls % one_in != 0)
+    })
 }
 
 fn cloned<L>(layer: L) -> Path
@@ -113,10 +127,13 @@ fn paths() -> Vec<Row> {
                 it.clock(Clock::fast()).failure_rate(0.5).window(window)
             })))
         }),
-        ("breaker-failure", false, || {
-            failing(CircuitBreakerLayer::new(breaker(|it| {
-                it.clock(Clock::system()).failure_threshold(u32::MAX)
-            })))
+        ("breaker-failure", true, || {
+            let breaker = breaker(|it| it.clock(Clock::system()).failure_threshold(u32::MAX));
+            failing(CircuitBreakerLayer::new(breaker), 1)
+        }),
+        ("breaker-count-window-tenth-fails", true, || {
+            let breaker = breaker(|it| it.clock(Clock::system()).failure_rate(0.5));
+            failing(CircuitBreakerLayer::new(breaker), 10)
         }),
         ("breaker-open", false, || through(CircuitBreakerLayer::new(open()))),
         ("token-bucket", true, || through(RateLimitLayer::new(plenty()))),

@@ -148,15 +148,6 @@ impl Clock {
         }
     }
 
-    /// The one clock of a kind.
-    #[inline]
-    pub(crate) fn of_kind(kind: ClockKind) -> Self {
-        match kind {
-            ClockKind::System => Self(Source::System),
-            #[cfg(feature = "fast-clock")]
-            ClockKind::Fast => Self(Source::Fast(FastClock::get())),
-        }
-    }
 
     /// A future that is ready once the clock has reached `deadline`, or a little earlier: whoever awaits it looks again.
     pub(crate) fn sleep_until(&self, deadline: Timestamp) -> Sleep {
@@ -403,6 +394,7 @@ impl Future for Sleep {
 pub(crate) enum Now<'a> {
     At(Timestamp),
     Asked(&'a Reading, &'a Clock),
+    OfKind(&'a Reading, ClockKind),
 }
 
 impl Now<'_> {
@@ -411,6 +403,7 @@ impl Now<'_> {
         match self {
             Self::At(now) => *now,
             Self::Asked(reading, clock) => reading.at(clock),
+            Self::OfKind(reading, kind) => reading.at_kind(*kind),
         }
     }
 }

@@ -655,13 +655,12 @@ impl<T: Homed> Share<T> {
         }
     }
 
-    /// Ends it with a count, one of [`ENDINGS`], and leaves another in its place for what is still to do.
-    pub(crate) fn count_and_renew(&mut self, counter: usize) {
+    /// Ends it with a count, one of [`ENDINGS`].
+    pub(crate) fn count_and_end(self, counter: usize) {
         match self {
             Self::Sitting(sitting) => {
-                let another = sitting.another();
                 let ending = sitting.ending();
-                std::mem::forget(std::mem::replace(sitting, another));
+                std::mem::forget(sitting);
                 ending.count_and_end(counter);
             }
             Self::Standing(state) => state.home().place().add(counter, 1),

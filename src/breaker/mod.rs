@@ -240,53 +240,38 @@ fn caught_up(place: Place<'_>) -> Locked<'_, Machine> {
 }
 
 /// What a step has moved, for those who are told.
-#[derive(Default)]
 struct Moved {
     admits_sooner: bool,
     transitions: [Option<Transition>; 2],
 }
 
-impl Moved {
-    fn is_nothing(&self) -> bool {
-        !self.admits_sooner && self.transitions.iter().all(Option::is_none)
-    }
-}
-
 /// Runs a step of the machine: a due transition first, then `step`; and publishes. Needs a share, and no more of the breaker than
-/// what is the same in all its words.
+/// what is the same in all its words. What has moved is boxed, as that is rare.
 fn step_at<T>(
     place: Place<'_>,
     constant: u64,
     now: &Now<'_>,
     step: impl FnOnce(&mut Machine) -> (T, Option<Transition>),
-) -> (T, Moved) {
+) -> (T, Option<Box<Moved>>) {
     let mut locked = place.lock::<Machine>();
     let machine: &mut Machine = &mut locked;
     machine.catch_up(place.done(machine.generation()));
-    if machine.is_plainly_closed() {
-        // It admits everybody: no step makes it admit sooner.
-        let (done, transition) = step(machine);
-        if transition.is_some() || !publish_quick(place, machine, now) {
-            publish(place, constant, machine, now);
-        }
-        let transitions = [None, transition];
-        return (
-            done,
-            Moved {
-                admits_sooner: false,
-                transitions,
-            },
-        );
-    }
+    let was_plainly_closed = machine.is_plainly_closed();
     let before = machine.admits_from();
     let due = machine.advance(now);
     let (done, transition) = step(machine);
+    // Where nothing can have moved, there is less to do.
+    let is_quick = was_plainly_closed && transition.is_none() && publish_quick(place, machine, now);
+    if is_quick {
+        return (done, None);
+    }
     publish(place, constant, machine, now);
     let moved = Moved {
         admits_sooner: machine.admits_from() < before,
         transitions: [due, transition],
     };
-    (done, moved)
+    let is_told = moved.admits_sooner || moved.transitions.iter().any(Option::is_some);
+    (done, is_told.then(|| Box::new(moved)))
 }
 
 /// Writes what alone changes from call to call of a circuit that stays closed: what becomes of quick successes. `false`, and nothing
@@ -480,7 +465,9 @@ impl Core {
     /// Runs a step of the machine, and tells those who wait and the listeners outside the lock.
     fn step<T>(&self, now: Timestamp, step: impl FnOnce(&mut Machine) -> (T, Option<Transition>)) -> T {
         let (done, moved) = step_at(self.home.place(), self.constant, &Now::At(now), step);
-        self.tell(&moved);
+        if let Some(moved) = moved {
+            self.tell(&moved);
+        }
         done
     }
 

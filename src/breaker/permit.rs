@@ -1,10 +1,10 @@
 use super::{
     Core, Words, counter,
-    machine::{Ended, Lease, Machine, Transition},
+    machine::{Ended, Lease, Machine},
     step_at, word,
 };
 use crate::{
-    clock::{Clock, Now, Reading, Timestamp},
+    clock::{Now, Reading, Timestamp},
     permit::{Outcome, Permit, Verdict},
     stripe::{Hot, Share, Sitting, Striped},
 };
@@ -148,80 +148,89 @@ impl Parts {
     #[cold]
     #[inline(never)]
     fn end(self, end: Option<&Verdict>, now: &Reading) {
-        let Some(mut share) = share(self.word, self.standing) else {
+        let Some(share) = share(self.word, self.standing) else {
             return;
         };
-        let (admitted, lease) = (self.word.get(), self.lease);
-        let clock = clock(admitted, &share);
-        let now = &Now::Asked(now, &clock);
-        let long = admitted & word::TIMED != 0 && {
-            let took = now.get().nanos().saturating_sub(self.started.nanos());
-            took >= share.place().hot().slow().load(Ordering::Relaxed)
-        };
-        let cancelled = end.is_none();
-        let verdict = match end {
-            Some(verdict) => verdict,
-            None => &share.place().lock::<Machine>().settings().cancelled.into(),
-        };
-        // A call that its classifier wants ignored says nothing, however long it took.
-        let slow = long && (cancelled || verdict.outcome != Outcome::Ignored);
-        if slow {
-            share.place().add(counter::SLOW, 1);
-        }
-        share.count_and_renew(match verdict.outcome {
-            Outcome::Success => counter::SUCCESS,
-            Outcome::Failure => counter::FAILURE,
-            Outcome::Ignored if cancelled => counter::CANCELLED,
-            Outcome::Ignored => counter::IGNORED,
-        });
-        let generation = word::generation(admitted);
-        let word = share.place().hot().word().load(Ordering::Acquire);
-        let current = word::generation(word) == generation || word & word::MODE == word::BUSY;
-        let unremarkable = verdict.outcome == Outcome::Ignored
-            || verdict.outcome == Outcome::Success && word & word::CLEAN != 0 && word & word::MODE == word::CLOSED;
-        if lease.is_none() && (!current || unremarkable && !slow) {
-            return;
-        }
-        let ended = Ended {
-            generation,
-            verdict,
-            slow,
-        };
-        step(&share, admitted, now, |machine| {
-            if let Some(lease) = lease {
-                machine.release(*lease);
+        let admitted = self.word.get();
+        match word::clock(admitted) {
+            Some(kind) => record(share, admitted, self.lease, self.started, end, &Now::OfKind(now, kind)),
+            None => {
+                let clock = share.state().clock.clone();
+                let now = &Now::Asked(now, &clock);
+                record(share, admitted, self.lease, self.started, end, now);
             }
-            machine.record(&ended, now)
-        });
+        }
     }
 
     #[cold]
     #[inline(never)]
     fn unused(self, now: &Reading) {
-        let Some(share) = share(self.word, self.standing) else {
-            return;
-        };
-        if let Some(lease) = self.lease {
-            let (admitted, clock) = (self.word.get(), clock(self.word.get(), &share));
-            step(&share, admitted, &Now::Asked(now, &clock), |machine| {
-                machine.release(*lease);
-                None
-            });
+        let (share, lease) = (share(self.word, self.standing), self.lease);
+        if let (Some(share), Some(lease)) = (share, lease) {
+            let core = share.state();
+            core.step(now.at(&core.clock), |machine| (machine.release(*lease), None));
         }
     }
 }
 
-/// The breaker's clock. One of the program's is told by the word, which spares the way to the breaker.
-fn clock(admitted: u64, share: &Share<Core>) -> Clock {
-    word::clock(admitted).map_or_else(|| share.state().clock.clone(), Clock::of_kind)
-}
-
-/// Steps the machine, and goes the way to the breaker only if there is something to tell.
-fn step(share: &Share<Core>, admitted: u64, now: &Now<'_>, step: impl FnOnce(&mut Machine) -> Option<Transition>) {
-    let constant = admitted & word::CONSTANT;
-    let ((), moved) = step_at(share.place(), constant, now, |machine| ((), step(machine)));
-    if !moved.is_nothing() {
-        share.state().tell(&moved);
+/// Records and counts how a call ended, and ends its share.
+fn record(
+    share: Share<Core>,
+    admitted: u64,
+    lease: Option<Box<Lease>>,
+    started: Timestamp,
+    end: Option<&Verdict>,
+    now: &Now<'_>,
+) {
+    let place = share.place();
+    let long = admitted & word::TIMED != 0 && {
+        let took = now.get().nanos().saturating_sub(started.nanos());
+        took >= place.hot().slow().load(Ordering::Relaxed)
+    };
+    let cancelled = end.is_none();
+    let verdict = match end {
+        Some(verdict) => verdict,
+        None => &place.lock::<Machine>().settings().cancelled.into(),
+    };
+    let counter = match verdict.outcome {
+        Outcome::Success => counter::SUCCESS,
+        Outcome::Failure => counter::FAILURE,
+        Outcome::Ignored if cancelled => counter::CANCELLED,
+        Outcome::Ignored => counter::IGNORED,
+    };
+    // A call that its classifier wants ignored says nothing, however long it took.
+    let slow = long && (cancelled || verdict.outcome != Outcome::Ignored);
+    if slow {
+        place.add(counter::SLOW, 1);
+    }
+    let generation = word::generation(admitted);
+    let word = place.hot().word().load(Ordering::Acquire);
+    let current = word::generation(word) == generation || word & word::MODE == word::BUSY;
+    let unremarkable = verdict.outcome == Outcome::Ignored
+        || verdict.outcome == Outcome::Success && word & word::CLEAN != 0 && word & word::MODE == word::CLOSED;
+    if lease.is_none() && (!current || unremarkable && !slow) {
+        share.count_and_end(counter);
+        return;
+    }
+    let ended = Ended {
+        generation,
+        verdict,
+        slow,
+    };
+    let ((), moved) = step_at(place, admitted & word::CONSTANT, now, |machine| {
+        if let Some(lease) = lease {
+            machine.release(*lease);
+        }
+        ((), machine.record(&ended, now))
+    });
+    // The listeners of a move see the call that made it counted.
+    match moved {
+        None => share.count_and_end(counter),
+        Some(moved) => {
+            let core = share.state();
+            share.count_and_end(counter);
+            core.tell(&moved);
+        }
     }
 }
 
@@ -267,10 +276,10 @@ fn count_after_a_move(seat: &Sitting, admitted: u64, now: &Reading) -> u64 {
 /// Has the machine record what was counted.
 #[cold]
 #[inline(never)]
-fn tell(seat: Sitting, admitted: u64, now: &Reading) {
-    let share = Share::Sitting(seat);
-    let clock = clock(admitted, &share);
-    step(&share, admitted, &Now::Asked(now, &clock), |_| None);
+fn tell(seat: Sitting, now: &Reading) {
+    let share = Share::<Core>::Sitting(seat);
+    let core = share.state();
+    core.step(now.at(&core.clock), |_| ((), None));
 }
 
 impl Permit for CircuitBreakerPermit {
@@ -309,7 +318,7 @@ impl Permit for CircuitBreakerPermit {
         self.word = word::NOBODYS;
         seat.ending().count_and_end(counter::SUCCESS);
         if let Some(seat) = untold {
-            tell(seat, admitted, now);
+            tell(seat, now);
         }
         true
     }

@@ -756,10 +756,10 @@ impl Permit for RateLimitPermit {
     }
 
     fn unused(mut self, now: &Reading) {
-        if let Some((mut share, _)) = self.0.take() {
+        if let Some((share, _)) = self.0.take() {
             let core = share.state();
             if core.give_back(self.0.admission, self.0.cost, now.at(&core.clock)) {
-                share.count_and_renew(counter::RETURNED);
+                share.count_and_end(counter::RETURNED);
             }
         }
     }

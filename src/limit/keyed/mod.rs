@@ -684,7 +684,7 @@ impl Permit for KeyedPermit {
     }
 
     fn unused(mut self, now: &Reading) {
-        let Some((mut share, _)) = self.admitted.take() else {
+        let Some((share, _)) = self.admitted.take() else {
             return;
         };
         let set = share.state();
@@ -695,7 +695,7 @@ impl Permit for KeyedPermit {
             view.give_back(admission, cost, now)
         });
         if cost == 0 || taken_back == Some(true) {
-            share.count_and_renew(counter::RETURNED);
+            share.count_and_end(counter::RETURNED);
         }
     }
 
