@@ -148,7 +148,6 @@ impl Clock {
         }
     }
 
-
     /// A future that is ready once the clock has reached `deadline`, or a little earlier: whoever awaits it looks again.
     pub(crate) fn sleep_until(&self, deadline: Timestamp) -> Sleep {
         // Tokio's timer rounds up to its next millisecond; far instants overflow it.

@@ -35,6 +35,7 @@
 //!   later one to lock sees the end of both. What is cleared is handed to the next state by the lock of the taken seats, and to
 //!   its threads as the state is.
 
+use crate::breaker::Machine;
 use crate::sync::{
     self, Mutex, MutexGuard, array,
     atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -43,7 +44,6 @@ use crate::sync::{
 use std::{
     any::Any,
     cell::Cell,
-    marker::PhantomData,
     ops::{Deref, DerefMut, Range},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, PoisonError},
@@ -159,8 +159,8 @@ struct Seat {
     state: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
 }
 
-/// What a state keeps under a lock; of a type of its own.
-type Kept = Mutex<Option<Box<dyn Any + Send>>>;
+/// What a breaker keeps under a lock. Of its own type and not of any: to ask for the type would be paid for by every failure.
+type Kept = Mutex<Option<Box<Machine>>>;
 
 global! {
     static TABLE: [Seat; SEATS] = array![Seat::new(); SEATS];
@@ -332,8 +332,8 @@ impl Home {
     }
 
     /// Keeps this under the lock; see [`Place::lock`].
-    pub(crate) fn keep(&self, kept: impl Any + Send) {
-        *lock(self.place().kept()) = Some(Box::new(kept));
+    pub(crate) fn keep(&self, machine: Machine) {
+        *lock(self.place().kept()) = Some(Box::new(machine));
     }
 
     /// The sum of one counter over all lines. It never falls between two calls.
@@ -371,11 +371,8 @@ impl<'a> Place<'a> {
 
     /// Locks what [`Home::keep`] was given. No user code may run under the lock: one that is poisoned was left whole.
     #[inline]
-    pub(crate) fn lock<T: Any>(self) -> Locked<'a, T> {
-        Locked {
-            kept: lock(self.kept()),
-            of: PhantomData,
-        }
+    pub(crate) fn lock(self) -> Locked<'a> {
+        Locked(lock(self.kept()))
     }
 
     /// Adds to one of the counters.
@@ -397,25 +394,22 @@ impl<'a> Place<'a> {
 }
 
 /// What a state keeps, locked.
-pub(crate) struct Locked<'a, T> {
-    kept: MutexGuard<'a, Option<Box<dyn Any + Send>>>,
-    of: PhantomData<T>,
-}
+pub(crate) struct Locked<'a>(MutexGuard<'a, Option<Box<Machine>>>);
 
 const KEPT: &str = "what was given to keep is there while there are handles or shares";
 
-impl<T: Any> Deref for Locked<'_, T> {
-    type Target = T;
+impl Deref for Locked<'_> {
+    type Target = Machine;
     #[inline]
-    fn deref(&self) -> &T {
-        self.kept.as_ref().and_then(|kept| kept.downcast_ref()).expect(KEPT)
+    fn deref(&self) -> &Machine {
+        self.0.as_deref().expect(KEPT)
     }
 }
 
-impl<T: Any> DerefMut for Locked<'_, T> {
+impl DerefMut for Locked<'_> {
     #[inline]
-    fn deref_mut(&mut self) -> &mut T {
-        self.kept.as_mut().and_then(|kept| kept.downcast_mut()).expect(KEPT)
+    fn deref_mut(&mut self) -> &mut Machine {
+        self.0.as_deref_mut().expect(KEPT)
     }
 }
 

@@ -86,7 +86,7 @@ pub(super) struct View {
 }
 
 #[derive(Debug)]
-pub(super) struct Machine {
+pub(crate) struct Machine {
     settings: Settings,
     mode: Mode,
     forced: Option<Override>,
@@ -160,6 +160,20 @@ impl Machine {
     /// of a window of time runs out and takes other successes with it. Where a rate is reached, and only the minimum of calls is
     /// not, a success may trip.
     pub(super) fn quick(&mut self, now: &Now<'_>) -> Quick {
+        let Some(RateWindow::Time(window)) = &self.window else {
+            return self.quick_at_any_time();
+        };
+        if self.is_reached(&window.tally(now.get())) {
+            return Quick::Record;
+        }
+        let (start, end) = window.tenth(now.get());
+        self.tenth = start;
+        Quick::CountWithin(start, end)
+    }
+
+    /// The same where there is no window of time.
+    #[inline]
+    pub(super) fn quick_at_any_time(&self) -> Quick {
         match &self.window {
             Some(RateWindow::Calls(window)) if !window.is_clean() => {
                 if self.is_high {
@@ -168,18 +182,15 @@ impl Machine {
                     Quick::Count
                 }
             }
-            Some(RateWindow::Time(window)) => {
-                if self.is_reached(&window.tally(now.get())) {
-                    return Quick::Record;
-                }
-                let (start, end) = window.tenth(now.get());
-                self.tenth = start;
-                Quick::CountWithin(start, end)
-            }
             // It ends a run of failures.
             _ if self.consecutive > 0 => Quick::Count,
             _ => Quick::Nothing,
         }
+    }
+
+    #[inline]
+    pub(super) fn has_window_of_time(&self) -> bool {
+        matches!(self.window, Some(RateWindow::Time(_)))
     }
 
     /// Records the successes that were only counted since the last step, told how many there are in this generation.

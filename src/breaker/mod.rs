@@ -65,7 +65,8 @@ use crate::{
     },
 };
 use config::Settings;
-use machine::{Machine, Quick, Refusal, Transition};
+pub(crate) use machine::Machine;
+use machine::{Quick, Refusal, Transition};
 use standby::Waiters;
 use std::{
     fmt,
@@ -232,8 +233,8 @@ impl Words for Hot {
 }
 
 /// The machine of a place, with all successes recorded that were only counted.
-fn caught_up(place: Place<'_>) -> Locked<'_, Machine> {
-    let mut locked = place.lock::<Machine>();
+fn caught_up(place: Place<'_>) -> Locked<'_> {
+    let mut locked = place.lock();
     let machine: &mut Machine = &mut locked;
     machine.catch_up(place.done(machine.generation()));
     locked
@@ -253,44 +254,43 @@ fn step_at<T>(
     now: &Now<'_>,
     step: impl FnOnce(&mut Machine) -> (T, Option<Transition>),
 ) -> (T, Option<Box<Moved>>) {
-    let mut locked = place.lock::<Machine>();
+    let mut locked = place.lock();
     let machine: &mut Machine = &mut locked;
     machine.catch_up(place.done(machine.generation()));
     let was_plainly_closed = machine.is_plainly_closed();
-    let before = machine.admits_from();
+    // A closed one admits everybody: no step makes it admit sooner.
+    let before = (!was_plainly_closed).then(|| machine.admits_from());
     let due = machine.advance(now);
     let (done, transition) = step(machine);
     // Where nothing can have moved, there is less to do.
-    let is_quick = was_plainly_closed && transition.is_none() && publish_quick(place, machine, now);
+    let is_quick = was_plainly_closed && transition.is_none() && publish_quick(place, machine);
     if is_quick {
         return (done, None);
     }
     publish(place, constant, machine, now);
     let moved = Moved {
-        admits_sooner: machine.admits_from() < before,
+        admits_sooner: before.is_some_and(|before| machine.admits_from() < before),
         transitions: [due, transition],
     };
     let is_told = moved.admits_sooner || moved.transitions.iter().any(Option::is_some);
     (done, is_told.then(|| Box::new(moved)))
 }
 
-/// Writes what alone changes from call to call of a circuit that stays closed: what becomes of quick successes. `false`, and nothing
-/// is written, if more has changed.
-fn publish_quick(place: Place<'_>, machine: &mut Machine, now: &Now<'_>) -> bool {
+/// Writes what alone changes from call to call of a circuit that stays closed and has no window of time: what becomes of quick
+/// successes. `false`, and nothing is written, if more may have changed.
+fn publish_quick(place: Place<'_>, machine: &Machine) -> bool {
     const QUICK: u64 = word::CLEAN | word::COUNTED | word::WITHIN;
 
     let hot = place.hot();
     let word = hot.word().load(Ordering::Relaxed);
-    let seated = word & word::SEATED != 0;
-    let same = word & (word::MODE | word::WITHIN) == word::CLOSED && word::generation(word) == machine.generation();
-    if !same || !machine.is_plainly_closed() {
+    let same = word & word::MODE == word::CLOSED && word::generation(word) == machine.generation();
+    if !same || !machine.is_plainly_closed() || machine.has_window_of_time() {
         return false;
     }
-    let quick = match machine.quick(now) {
+    let quick = match machine.quick_at_any_time() {
         Quick::Nothing => word::CLEAN,
-        Quick::Count if seated => word::COUNTED,
-        Quick::CountWithin(..) => return false,
-        Quick::Count | Quick::Record => 0,
+        Quick::Count if word & word::SEATED != 0 => word::COUNTED,
+        Quick::Count | Quick::CountWithin(..) | Quick::Record => 0,
     };
     if word & QUICK != quick {
         hot.word().store(word & !QUICK | quick, Ordering::Release);
@@ -453,12 +453,12 @@ impl Core {
         core
     }
 
-    fn machine(&self) -> Locked<'_, Machine> {
+    fn machine(&self) -> Locked<'_> {
         self.home.place().lock()
     }
 
     /// The machine, with all successes recorded that were only counted.
-    fn caught_up(&self) -> Locked<'_, Machine> {
+    fn caught_up(&self) -> Locked<'_> {
         caught_up(self.home.place())
     }
 

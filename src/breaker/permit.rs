@@ -1,6 +1,6 @@
 use super::{
     Core, Words, counter,
-    machine::{Ended, Lease, Machine},
+    machine::{Ended, Lease},
     step_at, word,
 };
 use crate::{
@@ -190,7 +190,7 @@ fn record(
     let cancelled = end.is_none();
     let verdict = match end {
         Some(verdict) => verdict,
-        None => &place.lock::<Machine>().settings().cancelled.into(),
+        None => &place.lock().settings().cancelled.into(),
     };
     let counter = match verdict.outcome {
         Outcome::Success => counter::SUCCESS,
@@ -235,7 +235,7 @@ fn record(
 }
 
 /// After how many counted successes a thread tells the machine of them: it may have become clean.
-const UNTOLD: u64 = 256;
+const UNTOLD: u64 = 512;
 
 /// Whether a success is to be counted now under a word that says within, and the word is still that.
 #[inline(never)]
@@ -273,12 +273,13 @@ fn count_after_a_move(seat: &Sitting, admitted: u64, now: &Reading) -> u64 {
     }
 }
 
-/// Has the machine record what was counted.
+/// Ends a success that was counted, and has the machine record all that were.
 #[cold]
 #[inline(never)]
-fn tell(seat: Sitting, now: &Reading) {
-    let share = Share::<Core>::Sitting(seat);
-    let core = share.state();
+fn end_and_tell(seat: Sitting, now: &Reading) {
+    let another = Share::<Core>::Sitting(seat.another());
+    Share::<Core>::Sitting(seat).count_and_end(counter::SUCCESS);
+    let core = another.state();
     core.step(now.at(&core.clock), |_| ((), None));
 }
 
@@ -301,7 +302,6 @@ impl Permit for CircuitBreakerPermit {
         let seat = ManuallyDrop::new(Sitting::of(word::seat(admitted)));
         let unmoved = seat.hot().word().load(Ordering::Acquire) == admitted;
         // It would change nothing but its counter: the word is the one that admitted the call, and clean.
-        let mut untold = None;
         if !unmoved || admitted & word::CLEAN == 0 {
             let done = if !unmoved {
                 count_after_a_move(&seat, admitted, now)
@@ -313,13 +313,14 @@ impl Permit for CircuitBreakerPermit {
             if done == 0 {
                 return false;
             }
-            untold = done.is_multiple_of(UNTOLD).then(|| seat.another());
+            if done.is_multiple_of(UNTOLD) {
+                self.word = word::NOBODYS;
+                end_and_tell(ManuallyDrop::into_inner(seat), now);
+                return true;
+            }
         }
         self.word = word::NOBODYS;
         seat.ending().count_and_end(counter::SUCCESS);
-        if let Some(seat) = untold {
-            tell(seat, now);
-        }
         true
     }
 
