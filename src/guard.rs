@@ -732,15 +732,16 @@ where
             let next = match state.as_mut().project() {
                 Projection::Called { watch, kept } => {
                     let (result, permit) = ready!(watch.poll(cx));
-                    let (seen, mut pass) = kept.take().expect(ONCE);
+                    let (seen, pass) = kept.take().expect(ONCE);
+                    let mut told = pass.into();
                     let now = Reading::new();
                     let result = failing_on_unwind(permit, |permit| {
                         if let Some(permit) = permit {
-                            R::tell(&mut pass, permit, &now);
+                            R::tell(&mut told, permit, &now);
                         }
                         C::finish_in_place(seen, result, permit, &now)
                     });
-                    return Poll::Ready(R::pass(pass, result));
+                    return Poll::Ready(R::pass(told, result));
                 }
                 Projection::Waiting {
                     wait,

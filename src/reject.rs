@@ -47,6 +47,7 @@ use tower_service::Service;
 ///     type Error = Err;
 ///     type Future = Ready<Result<Option<Res>, Err>>;
 ///     type Pass = ();
+///     type Told = ();
 ///
 ///     fn reject(&self, _: Req, _: Rejected) -> Self::Future {
 ///         ready(Ok(None))
@@ -81,8 +82,10 @@ pub trait Reject<Req, Raw, Res, Err> {
     /// Comes to the answer.
     type Future: Future<Output = Result<Self::Response, Self::Error>>;
 
-    /// What is kept of the request while an admitted call runs.
+    /// What is kept of the request while an admitted call runs: in the response future, so it should be small.
     type Pass;
+    /// The same once the call has ended, with what the permit tells.
+    type Told: From<Self::Pass>;
 
     /// Answers a rejected request.
     fn reject(&self, request: Req, why: Rejected) -> Self::Future;
@@ -92,8 +95,8 @@ pub trait Reject<Req, Raw, Res, Err> {
 
     /// Looks at the permit before it is settled: it tells the quotas of the limits that the call has passed. Default: does
     /// nothing.
-    fn tell(pass: &mut Self::Pass, permit: &impl Permit, now: &Reading) {
-        let _ = (pass, permit, now);
+    fn tell(told: &mut Self::Told, permit: &impl Permit, now: &Reading) {
+        let _ = (told, permit, now);
     }
 
     /// Passes on the result of a call that was made.
@@ -101,7 +104,7 @@ pub trait Reject<Req, Raw, Res, Err> {
     /// # Errors
     ///
     /// The inner service's error, as it is or boxed.
-    fn pass(pass: Self::Pass, result: Result<Res, Err>) -> Result<Self::Response, Self::Error>;
+    fn pass(told: Self::Told, result: Result<Res, Err>) -> Result<Self::Response, Self::Error>;
 
     /// Passes on an error of the inner service's `poll_ready`.
     fn error(error: Err) -> Self::Error;
@@ -130,6 +133,7 @@ impl<Req, Raw, Res, Err: Into<BoxError>> Reject<Req, Raw, Res, Err> for AsError 
     type Error = BoxError;
     type Future = Refusal<Res>;
     type Pass = ();
+    type Told = ();
 
     #[inline]
     fn reject(&self, _: Req, why: Rejected) -> Self::Future {
@@ -194,6 +198,7 @@ where
     type Error = Err;
     type Future = FallbackFuture<F, Req, Res, Err>;
     type Pass = ();
+    type Told = ();
 
     fn reject(&self, request: Req, _: Rejected) -> Self::Future {
         FallbackFuture {
@@ -281,6 +286,7 @@ where
     type Error = Err;
     type Future = FallbackWithFuture<Fut, Res>;
     type Pass = ();
+    type Told = ();
 
     fn reject(&self, request: Req, why: Rejected) -> Self::Future {
         FallbackWithFuture {

@@ -306,6 +306,7 @@ impl<Raw, Err> Reject<u32, Raw, u32, Err> for Answer42 {
     type Error = Err;
     type Future = Ready<Result<u32, Err>>;
     type Pass = Log;
+    type Told = Log;
     fn reject(&self, _: u32, _: Rejected) -> Self::Future {
         ready(Ok(42))
     }

@@ -545,6 +545,7 @@ fn the_layers_add_at_most_64_bytes_to_the_future_that_they_guard() {
     for (layer, size) in [
         ("CircuitBreakerLayer", size_of::<FutureOf<CircuitBreaker>>()),
         ("RateLimitLayer", size_of::<FutureOf<RateLimiter>>()),
+        ("a pair", size_of::<FutureOf<(RateLimiter, CircuitBreaker)>>()),
     ] {
         assert!(size <= inner + 64, "{layer}: {size} bytes around {inner}");
     }

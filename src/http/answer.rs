@@ -232,7 +232,8 @@ impl<Req, Raw, B, Err> Reject<Request<Req>, Raw, Response<B>, Err> for AsRespons
     type Response = Response<AnswerBody<B>>;
     type Error = Err;
     type Future = AnswerFuture<B, Err>;
-    type Pass = Passing;
+    type Pass = Self;
+    type Told = Passing;
 
     fn reject(&self, request: Request<Req>, why: Rejected) -> Self::Future {
         let form = match grpc::content_type(request.headers()) {
@@ -247,16 +248,13 @@ impl<Req, Raw, B, Err> Reject<Request<Req>, Raw, Response<B>, Err> for AsRespons
         }
     }
 
-    fn admitted(&self, _: &Request<Req>) -> Passing {
-        Passing {
-            answer: *self,
-            told: String::new(),
-        }
+    fn admitted(&self, _: &Request<Req>) -> Self {
+        *self
     }
 
-    fn tell(pass: &mut Passing, permit: &impl Permit, now: &Reading) {
-        if pass.answer.tells() {
-            let Passing { answer, told } = pass;
+    fn tell(passing: &mut Passing, permit: &impl Permit, now: &Reading) {
+        if passing.answer.tells() {
+            let Passing { answer, told } = passing;
             permit.quotas(now, &mut |quota| {
                 told.reserve(RateLimitHeaders::room(&quota));
                 let reset = whole_seconds(quota.reset).as_secs();
@@ -276,12 +274,19 @@ impl<Req, Raw, B, Err> Reject<Request<Req>, Raw, Response<B>, Err> for AsRespons
     }
 }
 
-/// What an admitted call keeps for the headers of its answer.
+/// What goes into the headers of an admitted call's answer.
 #[derive(Debug)]
 pub struct Passing {
     answer: AsResponse,
     /// The quotas, as text.
     told: String,
+}
+
+impl From<AsResponse> for Passing {
+    fn from(answer: AsResponse) -> Self {
+        let told = String::new();
+        Self { answer, told }
+    }
 }
 
 /// The future of a rejection that is an answer: it is ready at once.

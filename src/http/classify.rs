@@ -192,8 +192,8 @@ where
 #[derive(Debug, Clone, Default)]
 pub struct HttpClassifier {
     /// By status; few, so they are searched from the end: the latest word counts. `None` while there are none, so that the clone
-    /// for each call costs nothing.
-    overrides: Option<Arc<[(StatusCode, Outcome)]>>,
+    /// for each call costs nothing; and of a pointer's size, for each call keeps one.
+    overrides: Option<Arc<Vec<(StatusCode, Outcome)>>>,
 }
 
 impl HttpClassifier {
@@ -206,9 +206,10 @@ impl HttpClassifier {
     /// Judges a status otherwise.
     #[must_use]
     pub fn status(self, status: StatusCode, outcome: Outcome) -> Self {
-        let before = self.overrides.as_deref().unwrap_or_default();
+        let mut overrides = self.overrides.unwrap_or_default();
+        Arc::make_mut(&mut overrides).push((status, outcome));
         Self {
-            overrides: Some(before.iter().copied().chain([(status, outcome)]).collect()),
+            overrides: Some(overrides),
         }
     }
 
@@ -220,7 +221,7 @@ impl HttpClassifier {
     }
 
     fn outcome(&self, status: StatusCode) -> Outcome {
-        let overrides = self.overrides.as_deref().unwrap_or_default();
+        let overrides = self.overrides.as_deref().map_or(&[][..], Vec::as_slice);
         match overrides.iter().rev().find(|(of, _)| *of == status) {
             Some((_, outcome)) => *outcome,
             None if status.is_server_error() => Outcome::Failure,
