@@ -18,7 +18,7 @@
 //! # How a seat becomes free
 //!
 //! Every line counts the shares that were begun there and those that were ended there; a share may end on another thread than
-//! it began on. When the last handle is gone nothing can begin any more, so once the sums are equal nobody refers to the
+//! it began on. Some of the state's own counters count that along: a call that is admitted begins a share, and its outcome ends it. When the last handle is gone nothing can begin any more, so once the sums are equal nobody refers to the
 //! seat. Whoever drops the last handle marks the seat as *closing* and looks at the sums; whoever ends a share looks for that mark,
 //! and then at the sums. The end of a share is a `Release` store and the sums are read with `Acquire`: what was done
 //! with a share happened before the seat is cleared. A share that ends in the very moment in which the last handle goes may
@@ -27,6 +27,8 @@
 //!
 //! # What pairs with what
 //!
+//! - What a breaker keeps under a lock lies in the seat, so that a failure needs no way to the breaker; it is taken out where
+//!   the seat is cleared.
 //! - A count: only the owner of a line stores there, by a load and a store, or many by an addition; both with Release, sums
 //!   are read with Acquire. So who sees the end of a share sees the counts of it, and clears them too.
 //! - The mark: stored by who drops the last handle, who has seen (by the handle's `Arc`) that every share was begun; loaded with

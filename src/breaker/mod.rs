@@ -19,7 +19,8 @@
 //! bits 20..64  generation
 //! ```
 //!
-//! Only [`publish`] writes the word, `until` and `since`, and its caller holds the machine. It stores `BUSY`, then those two with
+//! Only [`publish`] and, for the bits of quick successes, [`publish_quick`] write the word, `until` and `since`, and their caller holds the
+//! machine. The former stores `BUSY`, then those two with
 //! Release, which takes `BUSY` along, then the new word with Release, which takes them and `slow` along. Readers load the word,
 //! those two and the word again, each with Acquire: one that saw a newer `until` or `since` sees at least `BUSY` in its second look,
 //! and asks the machine; one that saw the newer word sees what belongs to it. A word may come again within its generation; what was
@@ -31,7 +32,8 @@
 //! by its number: it ends a run of failures, it makes a window longer, and it moves older calls out of a window of calls. So it
 //! is counted, in a line that only its thread writes, marked with the generation; and whoever next steps the machine first
 //! records all that were counted since the step before. A failure, a slow call and every call that may trip are steps. A window
-//! of time is stepped once in each of its tenths as well, so that what is counted belongs to one of them.
+//! of time is stepped once in each of its tenths as well, so that what is counted belongs to one of them. Every 512 that a thread
+//! has counted it makes a step of its own: the machine may have become clean.
 
 mod config;
 mod keyed;
