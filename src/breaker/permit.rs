@@ -152,13 +152,14 @@ impl Parts {
             return;
         };
         let admitted = self.word.get();
-        match word::clock(admitted) {
-            Some(kind) => record(share, admitted, self.lease, self.started, end, &Now::OfKind(now, kind)),
-            None => {
-                let clock = share.state().clock.clone();
-                let now = &Now::Asked(now, &clock);
-                record(share, admitted, self.lease, self.started, end, now);
-            }
+        // A clock of the program's is told by the word; to any other there is only the way to the breaker.
+        if let Some(kind) = word::clock(admitted) {
+            let now = &Now::OfKind(now, kind);
+            record(share, admitted, self.lease, self.started, end, now);
+        } else {
+            let clock = share.state().clock.clone();
+            let now = &Now::Asked(now, &clock);
+            record(share, admitted, self.lease, self.started, end, now);
         }
     }
 

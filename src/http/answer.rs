@@ -3,7 +3,7 @@
 use super::{
     grpc,
     problem::{PROBLEM_JSON, Problem},
-    ratelimit::RateLimitHeaders,
+    ratelimit::{RateLimitHeaders, decimal},
     told,
 };
 use crate::{
@@ -224,7 +224,7 @@ impl AsResponse {
 /// A number as a header value, in the buffer.
 fn number(text: &mut BytesMut, number: u64) -> HeaderValue {
     // Writing to memory cannot fail.
-    let _ = write!(text, "{number}");
+    let _ = decimal(text, number);
     HeaderValue::from_maybe_shared(text.split().freeze()).expect("digits")
 }
 

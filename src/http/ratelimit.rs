@@ -145,14 +145,35 @@ fn draft_11(
     [limit, window, remaining]: [u64; 3],
     reset: Option<u64>,
 ) -> fmt::Result {
+    let number = |text: &mut _, before, number| {
+        Write::write_str(text, before)?;
+        decimal(text, number)
+    };
     sf_string(text, name)?;
-    writeln!(text, ";q={limit};w={window}")?;
+    number(text, ";q=", limit)?;
+    number(text, ";w=", window)?;
+    text.write_char('\n')?;
     sf_string(text, name)?;
-    write!(text, ";r={remaining}")?;
+    number(text, ";r=", remaining)?;
     if let Some(reset) = reset {
-        write!(text, ";t={reset}")?;
+        number(text, ";t=", reset)?;
     }
     text.write_char('\n')
+}
+
+/// A number in digits, without the detours of a format string: every admitted call writes some.
+pub(super) fn decimal(text: &mut impl Write, mut number: u64) -> fmt::Result {
+    let mut digits = ['0'; 20];
+    let mut first = digits.len();
+    loop {
+        first -= 1;
+        digits[first] = char::from(b'0' + (number % 10) as u8);
+        number /= 10;
+        if number == 0 {
+            break;
+        }
+    }
+    digits[first..].iter().try_for_each(|digit| text.write_char(*digit))
 }
 
 /// The lines of a text, which is printable ASCII.
@@ -206,12 +227,17 @@ fn stands(theirs: [Option<u64>; 2], ours: [Option<u64>; 2]) -> bool {
 
 /// A string of RFC 9651: printable ASCII in quotes.
 fn sf_string(text: &mut impl Write, string: &str) -> fmt::Result {
+    let is_plain = |byte| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
     text.write_char('"')?;
-    for byte in string.bytes() {
-        match byte {
-            b'"' | b'\\' => write!(text, "\\{}", char::from(byte))?,
-            b' '..=b'~' => text.write_char(char::from(byte))?,
-            _ => write!(text, "%{byte:02X}")?,
+    if string.bytes().all(is_plain) {
+        text.write_str(string)?;
+    } else {
+        for byte in string.bytes() {
+            match byte {
+                b'"' | b'\\' => write!(text, "\\{}", char::from(byte))?,
+                b' '..=b'~' => text.write_char(char::from(byte))?,
+                _ => write!(text, "%{byte:02X}")?,
+            }
         }
     }
     text.write_char('"')
