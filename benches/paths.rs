@@ -124,7 +124,7 @@ fn paths() -> Vec<Row> {
             // So long that no tenth of it ends; on a clock of the program's, where successes are only counted.
             let window = Window::time(100_000 * SECOND);
             through(CircuitBreakerLayer::new(breaker(|it| {
-                it.clock(Clock::fast()).failure_rate(0.5).window(window)
+                it.clock(Clock::system()).failure_rate(0.5).window(window)
             })))
         }),
         ("breaker-failure", true, || {
