@@ -1,0 +1,315 @@
+//! What goes wrong in other circuit breakers and rate limiters, and does not here: a list to read, one test for each fault, named
+//! after what must hold. The comment above a test says what the fault looks like in the field. Much of this is pinned at more
+//! length elsewhere, by subject.
+//!
+//! Faults that cannot be said in the terms of this crate, and why:
+//!
+//! - The least latency that an adaptive limiter has seen never grows again: no limit here looks at latency.
+//! - The capacity of an adaptive limiter falls below zero when many are denied at once: here a denial takes nothing and teaches
+//!   nothing. What is left of the fault, a cost that a lowered rate never meets, has a test.
+//! - A layer that is built without a shared handle, so that each service has a breaker of its own: no layer can be built without one.
+//!   That the handle is shared by all that the layer makes has a test.
+//! - State that is lost when the settings of a rate limiter are replaced: a limiter's settings cannot be replaced. A breaker's can.
+
+use std::time::Duration;
+
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3_600);
+
+/// The circuit breaker by itself.
+mod breaker {
+    use super::{HOUR, MINUTE, SECOND};
+    use futures_util::FutureExt;
+    use portcullis::{
+        CircuitBreaker, CircuitBreakerConfig, CircuitBreakerPermit, Clock, ManualClock, Outcome, Reason, State, Window,
+    };
+    use std::{
+        future::pending,
+        sync::{Barrier, Mutex},
+        thread,
+        time::Duration,
+    };
+
+    fn config() -> CircuitBreakerConfig {
+        CircuitBreakerConfig::default().recovery_timeout(MINUTE)
+    }
+
+    fn breaker(config: CircuitBreakerConfig) -> (CircuitBreaker, ManualClock) {
+        let clock = Clock::manual();
+        let breaker = CircuitBreaker::builder("search").config(config).clock(&clock).build();
+        (breaker.unwrap(), clock)
+    }
+
+    fn admit(breaker: &CircuitBreaker) -> CircuitBreakerPermit {
+        breaker.try_acquire().expect("the circuit admits")
+    }
+
+    fn end(breaker: &CircuitBreaker, calls: u32, outcome: Outcome) {
+        (0..calls).for_each(|_| admit(breaker).settle(outcome));
+    }
+
+    /// Opens by failures and waits until probes are let through.
+    fn half_open(config: CircuitBreakerConfig) -> (CircuitBreaker, ManualClock) {
+        let (breaker, clock) = breaker(config.failure_threshold(1));
+        end(&breaker, 1, Outcome::Failure);
+        clock.advance(MINUTE);
+        assert_eq!(breaker.state(), State::HalfOpen);
+        (breaker, clock)
+    }
+
+    fn one_probe() -> CircuitBreakerConfig {
+        config().half_open_max_calls(1).success_threshold(1)
+    }
+
+    // A window of calls that never slides: the first calls stay in it for good, and later failures weigh nothing.
+    #[test]
+    fn successes_of_long_ago_do_not_outweigh_the_failures_of_now() {
+        let (breaker, _) = breaker(config().failure_rate(0.5).window(Window::calls(10)));
+        end(&breaker, 10_000, Outcome::Success);
+        end(&breaker, 4, Outcome::Failure);
+        assert_eq!(breaker.state(), State::Closed, "four of the last ten");
+        end(&breaker, 1, Outcome::Failure);
+        assert_eq!(breaker.state(), State::Open, "five of the last ten");
+    }
+
+    // The minimum of calls is ignored: nothing trips before the whole window is full.
+    #[test]
+    fn the_minimum_of_calls_is_enough_and_the_window_need_not_be_full() {
+        let rate = config().failure_rate(0.5).window(Window::calls(100)).minimum_calls(5);
+        let (breaker, _) = breaker(rate);
+        end(&breaker, 4, Outcome::Failure);
+        assert_eq!(breaker.state(), State::Closed);
+        end(&breaker, 1, Outcome::Failure);
+        assert_eq!(breaker.state(), State::Open);
+    }
+
+    // Wedged in half-open: the successes of probes are forgotten with the window of time, so probes that come seldom never add up.
+    #[test]
+    fn probes_that_lie_farther_apart_than_the_window_of_time_add_up() {
+        let rate = config().failure_rate(0.5).window(Window::time(10 * SECOND));
+        let (breaker, clock) = half_open(rate.minimum_calls(1).success_threshold(3));
+        for _ in 0..3 {
+            assert_eq!(breaker.state(), State::HalfOpen);
+            clock.advance(HOUR);
+            end(&breaker, 1, Outcome::Success);
+        }
+        assert_eq!(breaker.state(), State::Closed);
+    }
+
+    // Wedged in half-open: the only probe never ends, and nobody else is ever let through.
+    #[test]
+    fn a_probe_that_never_ends_holds_its_place_for_a_lease_and_no_longer() {
+        let (breaker, clock) = half_open(one_probe().probe_lease(10 * SECOND));
+        let _hanging = admit(&breaker);
+        clock.advance(9 * SECOND);
+        let refused = breaker.try_acquire().unwrap_err();
+        assert_eq!(
+            (refused.reason, refused.retry_after),
+            (Reason::HalfOpenFull, Some(SECOND))
+        );
+        clock.advance(SECOND);
+        end(&breaker, 1, Outcome::Success);
+        assert_eq!(breaker.state(), State::Closed, "and the one after it decides");
+    }
+
+    // Wedged in half-open: a probe that is cancelled never gives its place back.
+    #[tokio::test]
+    async fn a_probe_that_is_cancelled_gives_its_place_back_at_once() {
+        let (breaker, _clock) = half_open(one_probe());
+        for _ in 0..100 {
+            let probe = breaker.call(pending::<Result<(), ()>>());
+            assert!(probe.now_or_never().is_none(), "admitted, and given up");
+        }
+        assert_eq!(
+            (breaker.state(), breaker.status().probes_in_flight),
+            (State::HalfOpen, 0)
+        );
+    }
+
+    // Wedged in half-open: an outcome that is neither success nor failure is not counted, and its place is not freed either.
+    #[test]
+    fn a_probe_whose_outcome_is_ignored_gives_its_place_back() {
+        let (breaker, _clock) = half_open(one_probe());
+        end(&breaker, 100, Outcome::Ignored);
+        end(&breaker, 1, Outcome::Success);
+        assert_eq!(breaker.state(), State::Closed);
+    }
+
+    // A cancelled probe, of which nobody knows how it would have ended, closes the circuit.
+    #[tokio::test]
+    async fn a_probe_that_is_cancelled_closes_nothing() {
+        let (breaker, _clock) = half_open(one_probe());
+        assert!(breaker.call(pending::<Result<(), ()>>()).now_or_never().is_none());
+        drop(admit(&breaker));
+        assert_eq!(breaker.state(), State::HalfOpen);
+    }
+
+    // A success that was begun before the trip closes the circuit, while the only probe still hangs.
+    #[test]
+    fn a_success_begun_before_the_trip_does_not_close_the_circuit() {
+        let (breaker, clock) = breaker(one_probe().failure_threshold(1));
+        let (early, earlier) = (admit(&breaker), admit(&breaker));
+        end(&breaker, 1, Outcome::Failure);
+        early.settle(Outcome::Success);
+        assert_eq!(breaker.state(), State::Open);
+        clock.advance(MINUTE);
+        let probe = admit(&breaker);
+        earlier.settle(Outcome::Success);
+        assert_eq!(breaker.state(), State::HalfOpen);
+        probe.settle(Outcome::Success);
+        assert_eq!(breaker.state(), State::Closed);
+    }
+
+    // Calls that were begun while the circuit was closed are taken for probes: they use up the places, or free those of others.
+    #[test]
+    fn a_call_begun_while_the_circuit_was_closed_is_no_probe() {
+        let (breaker, clock) = breaker(one_probe().failure_threshold(1));
+        let early = [admit(&breaker), admit(&breaker), admit(&breaker)];
+        end(&breaker, 1, Outcome::Failure);
+        clock.advance(MINUTE);
+        assert_eq!(breaker.status().probes_in_flight, 0);
+        let _probe = admit(&breaker);
+        for (call, outcome) in early
+            .into_iter()
+            .zip([Outcome::Failure, Outcome::Ignored, Outcome::Success])
+        {
+            call.settle(outcome);
+            assert_eq!(
+                (breaker.state(), breaker.status().probes_in_flight),
+                (State::HalfOpen, 1)
+            );
+            assert!(breaker.try_acquire().is_err(), "the place is the probe's");
+        }
+    }
+
+    // A probe that succeeds slowly closes a circuit that opened because its service was slow.
+    #[test]
+    fn a_slow_probe_does_not_close_a_circuit_that_opened_on_slowness() {
+        let slow = one_probe()
+            .slow_calls(0.5, SECOND)
+            .window(Window::calls(4))
+            .minimum_calls(1);
+        let (breaker, clock) = breaker(slow);
+        let slowly = || {
+            let call = admit(&breaker);
+            clock.advance(SECOND);
+            call.settle(Outcome::Success);
+        };
+        slowly();
+        assert_eq!(breaker.state(), State::Open);
+        clock.advance(MINUTE);
+        slowly();
+        assert_eq!(breaker.state(), State::Open, "as slow as before");
+        clock.advance(MINUTE);
+        end(&breaker, 1, Outcome::Success);
+        assert_eq!(breaker.state(), State::Closed);
+    }
+
+    // A half-open circuit without bounds: all that come are probes.
+    #[test]
+    fn a_half_open_circuit_admits_its_probes_and_no_more() {
+        let (breaker, _clock) = half_open(config().half_open_max_calls(3));
+        let probes: Vec<_> = (0..1_000).filter_map(|_| breaker.try_acquire().ok()).collect();
+        assert_eq!(probes.len(), 3);
+    }
+
+    // "One probe" that is one for each thread that looks at the same time.
+    #[test]
+    fn one_probe_is_one_probe_however_many_threads_ask() {
+        const THREADS: usize = 8;
+        for _ in 0..50 {
+            let (breaker, _clock) = half_open(one_probe());
+            let (barrier, probes) = (Barrier::new(THREADS), Mutex::new(Vec::new()));
+            thread::scope(|scope| {
+                for _ in 0..THREADS {
+                    scope.spawn(|| {
+                        barrier.wait();
+                        let admitted = (0..40).filter_map(|_| breaker.try_acquire().ok());
+                        let admitted: Vec<_> = admitted.collect();
+                        probes.lock().unwrap().extend(admitted);
+                    });
+                }
+            });
+            assert_eq!(probes.lock().unwrap().len(), 1);
+        }
+    }
+
+    // Other settings, the same breaker: window and state are thrown away, and an outage begins to count from zero.
+    #[test]
+    fn other_settings_keep_the_window_and_the_state() {
+        let rate = config().failure_rate(0.5).window(Window::calls(10)).minimum_calls(10);
+        let (breaker, clock) = breaker(rate.clone());
+        end(&breaker, 5, Outcome::Success);
+        end(&breaker, 4, Outcome::Failure);
+        breaker.reconfigure(rate.clone().half_open_max_calls(7)).unwrap();
+        end(&breaker, 1, Outcome::Failure);
+        assert_eq!(breaker.state(), State::Open, "the tenth call, and the fifth failure");
+        clock.advance(20 * SECOND);
+        breaker.reconfigure(rate.half_open_max_calls(5)).unwrap();
+        let refused = breaker.try_acquire().unwrap_err();
+        assert_eq!((refused.reason, refused.retry_after), (Reason::Open, Some(40 * SECOND)));
+    }
+
+    // Numbers at the end of their type are accepted, and panic later or wrap.
+    #[test]
+    fn the_largest_settings_are_refused_or_work() {
+        let huge = [
+            config().failure_threshold(u32::MAX),
+            config().failures_within(u32::MAX, SECOND),
+            config().failure_rate(0.5).window(Window::calls(u32::MAX)),
+            config()
+                .failure_rate(0.5)
+                .minimum_calls(u32::MAX)
+                .window(Window::time(Duration::MAX)),
+            config()
+                .failure_rate(0.5)
+                .minimum_calls(u32::MAX)
+                .window(Window::time(HOUR)),
+            config().half_open_max_calls(u32::MAX).success_threshold(u32::MAX),
+            config().recovery_timeout(Duration::MAX),
+            config().probe_lease(Duration::MAX),
+        ];
+        let mut accepted = 0;
+        for config in huge {
+            let clock = Clock::manual();
+            let built = CircuitBreaker::builder("search").config(config).clock(&clock).build();
+            let Ok(breaker) = built else {
+                continue;
+            };
+            accepted += 1;
+            // One less than opens a circuit that says nothing of failures.
+            end(&breaker, 4, Outcome::Failure);
+            clock.advance(Duration::MAX);
+            end(&breaker, 4, Outcome::Success);
+            let status = breaker.status();
+            assert_eq!((status.state, status.metrics.total_requests), (State::Closed, 8));
+        }
+        assert_eq!(
+            accepted, 3,
+            "what has no bound by its nature: two thresholds and a number of probes"
+        );
+    }
+
+    // Threads read the clock, are held up, and come late: a check that time never goes back panics.
+    #[test]
+    fn a_thread_whose_clock_lies_behind_is_served_like_any_other() {
+        let window = config()
+            .failure_rate(0.5)
+            .window(Window::time(10 * SECOND))
+            .minimum_calls(2);
+        let (breaker, clock) = breaker(window.slow_calls(0.5, SECOND).failures_within(2, SECOND));
+        clock.advance(HOUR);
+        let early = admit(&breaker);
+        end(&breaker, 1, Outcome::Success);
+        clock.rewind(20 * SECOND);
+        early.settle(Outcome::Success);
+        end(&breaker, 2, Outcome::Failure);
+        assert_eq!(breaker.state(), State::Open);
+        clock.rewind(20 * SECOND);
+        assert!(breaker.try_acquire().is_err());
+        clock.advance(40 * SECOND + MINUTE);
+        end(&breaker, 2, Outcome::Success);
+        assert_eq!(breaker.state(), State::Closed);
+    }
+}
