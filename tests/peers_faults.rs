@@ -16,6 +16,8 @@ use std::time::Duration;
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3_600);
+const DAY: Duration = Duration::from_secs(86_400);
+const YEAR: Duration = Duration::from_secs(31_557_600);
 
 /// The circuit breaker by itself.
 mod breaker {
@@ -311,5 +313,300 @@ mod breaker {
         clock.advance(40 * SECOND + MINUTE);
         end(&breaker, 2, Outcome::Success);
         assert_eq!(breaker.state(), State::Closed);
+    }
+}
+
+/// The rate limiters by themselves.
+mod limiters {
+    use super::{DAY, HOUR, MINUTE, SECOND, YEAR};
+    use portcullis::{
+        Adaptive, Algorithm, Clock, ManualClock, Outcome, RateLimiter, Reason, SlidingWindow, TokenBucket,
+    };
+    use std::{
+        sync::{
+            Barrier,
+            atomic::{AtomicUsize, Ordering},
+        },
+        thread,
+        time::Duration,
+    };
+    use tokio::{task::JoinSet, time::timeout};
+    use tokio_test::{assert_pending, assert_ready, task::spawn};
+
+    const MILLISECOND: Duration = Duration::from_millis(1);
+
+    fn limiter(algorithm: impl Into<Algorithm>) -> (RateLimiter, ManualClock) {
+        let clock = Clock::manual();
+        let limiter = RateLimiter::builder("search", algorithm).clock(&clock).build();
+        (limiter.unwrap(), clock)
+    }
+
+    /// How many of so many are admitted now.
+    fn admitted(limiter: &RateLimiter, of: usize) -> usize {
+        (0..of).filter(|_| limiter.try_acquire().is_ok()).count()
+    }
+
+    /// So many in a minute, of each kind.
+    fn a_minute(requests: u32) -> [Algorithm; 3] {
+        [
+            TokenBucket::new(requests, MINUTE).into(),
+            SlidingWindow::new(requests, MINUTE).into(),
+            Adaptive::new(requests).window(MINUTE).into(),
+        ]
+    }
+
+    // "n per second" that means one token every n seconds.
+    #[test]
+    fn n_in_a_second_are_n_in_each_second() {
+        for algorithm in [
+            TokenBucket::new(5, SECOND).into(),
+            SlidingWindow::new(5, SECOND).into(),
+            Algorithm::from(Adaptive::new(5).max_rate(5).window(SECOND)),
+        ] {
+            let (limiter, clock) = limiter(algorithm);
+            for second in 0..10 {
+                assert_eq!(admitted(&limiter, 100), 5, "{algorithm:?} in second {second}");
+                clock.advance(SECOND);
+            }
+        }
+    }
+
+    // Arithmetic that wraps in a release build: a slow rate with a large burst admits a seventh of it.
+    #[test]
+    fn a_large_burst_at_a_slow_rate_is_admitted_whole_and_not_once_more() {
+        let (limiter, clock) = limiter(TokenBucket::new(1, DAY).burst(1_000_000));
+        assert_eq!(admitted(&limiter, 1_000_100), 1_000_000);
+        assert_eq!(limiter.try_acquire().unwrap_err().retry_after, Some(DAY));
+        clock.advance(10 * DAY);
+        assert_eq!(admitted(&limiter, 100), 10);
+    }
+
+    // Numbers at the end of their type pass the constructor, and panic at the first request.
+    #[test]
+    fn the_largest_numbers_are_refused_or_work() {
+        let forever = 100 * YEAR;
+        let huge: [Algorithm; 8] = [
+            TokenBucket::new(u32::MAX, Duration::from_nanos(1)).into(),
+            TokenBucket::new(u32::MAX, forever).into(),
+            TokenBucket::new(1, forever).burst(u32::MAX).into(),
+            TokenBucket::new(u32::MAX, Duration::MAX).into(),
+            SlidingWindow::new(u32::MAX, SECOND).into(),
+            SlidingWindow::new(1, Duration::MAX).into(),
+            Adaptive::new(u32::MAX).max_rate(u32::MAX).window(SECOND).into(),
+            Adaptive::new(u32::MAX).window(Duration::MAX).into(),
+        ];
+        let mut accepted = 0;
+        for algorithm in huge {
+            let clock = Clock::manual();
+            let Ok(limiter) = RateLimiter::builder("search", algorithm).clock(&clock).build() else {
+                continue;
+            };
+            accepted += 1;
+            let burst = limiter.status().burst;
+            limiter.try_acquire_n(burst).expect("full at first");
+            assert!(limiter.try_acquire_n(burst).is_err(), "{algorithm:?}: nothing is left");
+            clock.advance(forever);
+            limiter.try_acquire().expect("a hundred years bring one at least");
+            clock.advance(Duration::MAX);
+            limiter.try_acquire().expect("and the end of time another");
+        }
+        assert_eq!(
+            accepted, 4,
+            "all but the window of four billion requests, and those whose period is longer than 100 years"
+        );
+    }
+
+    // A burst of one switches the limit off.
+    #[test]
+    fn a_burst_of_one_is_a_limit() {
+        let (limiter, clock) = limiter(TokenBucket::new(10, SECOND).burst(1));
+        assert_eq!(admitted(&limiter, 1_000), 1);
+        clock.advance(SECOND / 10);
+        assert_eq!(admitted(&limiter, 1_000), 1);
+    }
+
+    // After a pause the bucket holds more than its burst.
+    #[test]
+    fn a_pause_brings_the_burst_and_no_more() {
+        for algorithm in a_minute(10) {
+            let (limiter, clock) = limiter(algorithm);
+            for pause in [MINUTE, HOUR, YEAR, MINUTE + MINUTE * 7 / 10] {
+                assert_eq!(admitted(&limiter, 3), 3);
+                clock.advance(pause);
+                assert_eq!(admitted(&limiter, 100), 10, "{algorithm:?} after {pause:?}");
+                clock.advance(HOUR);
+            }
+        }
+    }
+
+    // A window that begins anew at fixed times: twice the limit within a millisecond around its boundary.
+    #[test]
+    fn no_boundary_of_a_window_lets_twice_the_limit_through() {
+        for algorithm in a_minute(100) {
+            for late in [1, 30_000, 59_999] {
+                let (limiter, clock) = limiter(algorithm);
+                clock.advance(late * MILLISECOND);
+                let at_once = admitted(&limiter, 1_000);
+                assert_eq!(at_once, 100);
+                clock.advance(MILLISECOND);
+                assert_eq!(admitted(&limiter, 1_000), 0, "{algorithm:?}, one millisecond later");
+            }
+        }
+    }
+
+    // The status is only brought up to date by requests: after an hour without any it still says that nothing is there.
+    #[test]
+    fn the_status_after_an_idle_hour_says_what_is_there() {
+        for algorithm in a_minute(10) {
+            let (limiter, clock) = limiter(algorithm);
+            admitted(&limiter, 100);
+            let spent = limiter.status();
+            assert!(spent.available_tokens < 1.0 && spent.retry_after.is_some(), "{spent:?}");
+            clock.advance(HOUR);
+            let status = limiter.status();
+            let there = (status.available_tokens.to_string(), status.retry_after);
+            assert_eq!(there, ("10".to_owned(), None), "{algorithm:?}");
+        }
+    }
+
+    // A wait that cannot succeed sleeps through its whole time before it is told so.
+    #[test]
+    fn a_wait_that_cannot_end_in_time_is_refused_at_once() {
+        for algorithm in a_minute(1) {
+            let (limiter, _clock) = limiter(algorithm);
+            limiter.try_acquire().unwrap();
+            let mut doomed = spawn(limiter.acquire_within(1, 59 * SECOND));
+            let refused = assert_ready!(doomed.poll()).expect_err("a minute is needed");
+            assert_eq!((refused.reason, refused.retry_after), (Reason::OverLimit, Some(MINUTE)));
+            let mut too_much = spawn(limiter.acquire_n(2));
+            let refused = assert_ready!(too_much.poll()).expect_err("two are never there");
+            assert_eq!(refused.retry_after, None);
+        }
+    }
+
+    // Two threads see the same last token: one more than the limit is admitted.
+    #[test]
+    fn threads_that_ask_at_once_get_no_more_than_the_limit() {
+        const THREADS: usize = 8;
+        for requests in [10, 100] {
+            for algorithm in a_minute(requests) {
+                for _ in 0..20 {
+                    let (limiter, _clock) = limiter(algorithm);
+                    let (barrier, sum) = (Barrier::new(THREADS), AtomicUsize::new(0));
+                    thread::scope(|scope| {
+                        for _ in 0..THREADS {
+                            scope.spawn(|| {
+                                barrier.wait();
+                                sum.fetch_add(admitted(&limiter, 50), Ordering::Relaxed);
+                            });
+                        }
+                    });
+                    assert_eq!(sum.into_inner(), requests as usize, "{algorithm:?}");
+                }
+            }
+        }
+    }
+
+    // A clock that lies behind another thread's: a check that time never goes back panics, or time is counted twice.
+    #[test]
+    fn a_clock_that_goes_back_and_forth_brings_nothing_twice() {
+        for algorithm in a_minute(10) {
+            let (limiter, clock) = limiter(algorithm);
+            clock.advance(HOUR);
+            assert_eq!(admitted(&limiter, 100), 10);
+            for _ in 0..20 {
+                clock.rewind(30 * SECOND);
+                assert_eq!(admitted(&limiter, 100), 0, "{algorithm:?} behind");
+                assert!(limiter.status().available_tokens < 1.0);
+                clock.advance(30 * SECOND);
+                assert_eq!(admitted(&limiter, 100), 0, "{algorithm:?} again at the same time");
+            }
+        }
+    }
+
+    // A waiter that gives up takes the wake-up with it that was meant for the next.
+    #[test]
+    fn a_waiter_that_gives_up_when_its_turn_has_come_hands_it_on() {
+        for algorithm in a_minute(1) {
+            let (limiter, clock) = limiter(algorithm);
+            limiter.try_acquire().unwrap();
+            let (mut first, mut second) = (spawn(limiter.acquire()), spawn(limiter.acquire()));
+            assert_pending!(first.poll());
+            assert_pending!(second.poll());
+            clock.advance(MINUTE);
+            assert!(first.is_woken(), "its turn");
+            // Somebody else looks, which serves the first.
+            assert!(limiter.try_acquire().is_err());
+            drop(first);
+            assert!(second.is_woken(), "{algorithm:?}: there is room, and nobody before it");
+            assert!(assert_ready!(second.poll()).is_ok());
+        }
+    }
+
+    // The same with many: some wait for ever although there is room.
+    #[tokio::test(start_paused = true)]
+    async fn all_who_stay_in_line_are_served_whoever_gives_up() {
+        for algorithm in a_minute(60) {
+            let limiter = RateLimiter::new("search", algorithm).unwrap();
+            limiter.try_acquire_n(60).unwrap();
+            let mut line = JoinSet::new();
+            for number in 0..300_u64 {
+                let limiter = limiter.clone();
+                line.spawn(async move {
+                    // Each third gives up halfway.
+                    let patience = if number % 3 == 0 {
+                        500 * number
+                    } else {
+                        u64::from(u32::MAX)
+                    };
+                    timeout(Duration::from_millis(patience), limiter.acquire())
+                        .await
+                        .is_ok()
+                });
+            }
+            let served = timeout(HOUR, line.join_all()).await.expect("nobody waits for ever");
+            assert!(served.iter().filter(|served| **served).count() >= 200, "{algorithm:?}");
+            assert_eq!(limiter.status().waiting, 0);
+        }
+    }
+
+    // Dropped calls teach an adaptive limit nothing, so a service that hangs until its callers give up looks well.
+    #[test]
+    fn dropped_calls_lower_an_adaptive_rate_where_they_count_as_failures() {
+        let (limiter, clock) = limiter(Adaptive::new(100).cancelled(Outcome::Failure));
+        (0..20).for_each(|_| drop(limiter.try_acquire().unwrap()));
+        clock.advance(MINUTE);
+        assert!(limiter.status().rate < 100.0);
+    }
+
+    // After many denials an adaptive limit has less than nothing, or a rate below what one request costs: whoever waits, waits for
+    // ever.
+    #[test]
+    fn the_largest_cost_comes_through_an_adaptive_limit_at_its_lowest_rate() {
+        let (limiter, clock) = limiter(Adaptive::new(100).min_rate(1).minimum_calls(1));
+        for _ in 0..100 {
+            if let Ok(permit) = limiter.try_acquire() {
+                permit.settle(Outcome::Failure);
+            }
+            assert!((0..1_000).filter(|_| limiter.try_acquire_n(100).is_err()).count() >= 999);
+            assert!(limiter.status().available_tokens >= 0.0);
+            clock.advance(MINUTE);
+        }
+        while limiter.try_acquire().is_ok() {}
+        assert!(
+            limiter.status().rate < 1.01,
+            "as low as it gets: {}",
+            limiter.status().rate
+        );
+        let mut waiting = spawn(limiter.acquire_n(100));
+        assert_pending!(waiting.poll());
+        let wait = limiter
+            .try_acquire_n(100)
+            .unwrap_err()
+            .retry_after
+            .expect("a time is known");
+        clock.advance(wait);
+        assert!(waiting.is_woken());
+        assert!(assert_ready!(waiting.poll()).is_ok());
     }
 }
