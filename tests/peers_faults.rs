@@ -610,3 +610,225 @@ mod limiters {
         assert!(assert_ready!(waiting.poll()).is_ok());
     }
 }
+
+/// The layers, as services stand on them.
+mod layers {
+    use super::{HOUR, MINUTE, SECOND};
+    use futures_util::FutureExt;
+    use portcullis::{
+        CircuitBreaker, CircuitBreakerLayer, Clock, Outcome, RateLimitLayer, RateLimiter, State, TokenBucket,
+    };
+    use std::{
+        future::{Pending, Ready, pending, poll_fn, ready},
+        io,
+        panic::{AssertUnwindSafe, catch_unwind},
+        task::{Context, Poll, Waker},
+        time::Duration,
+    };
+    use tokio::time::sleep;
+    use tower::{Layer, Service, ServiceExt, service_fn};
+
+    fn breaker(failures: u32) -> CircuitBreaker {
+        let breaker = CircuitBreaker::builder("search").failure_threshold(failures);
+        breaker.recovery_timeout(HOUR).build().unwrap()
+    }
+
+    fn limiter(requests: u32) -> RateLimiter {
+        let limiter = RateLimiter::builder("search", TokenBucket::new(requests, MINUTE));
+        limiter.clock(Clock::manual()).build().unwrap()
+    }
+
+    fn answer(question: u32) -> Ready<io::Result<u32>> {
+        ready(Ok(question + 1))
+    }
+
+    fn hang(_: u32) -> Pending<io::Result<u32>> {
+        pending()
+    }
+
+    /// Is never ready.
+    struct Unready;
+
+    impl Service<u32> for Unready {
+        type Response = u32;
+        type Error = io::Error;
+        type Future = Ready<io::Result<u32>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::Error::other("no connection")))
+        }
+
+        fn call(&mut self, request: u32) -> Self::Future {
+            answer(request)
+        }
+    }
+
+    fn is_ready<S: Service<u32>>(service: &mut S) -> bool {
+        let polled = service.poll_ready(&mut Context::from_waker(Waker::noop()));
+        matches!(polled, Poll::Ready(Ok(())))
+    }
+
+    // Calls whose callers give up leave no trace.
+    #[test]
+    fn dropped_calls_are_counted_and_trip_where_they_count_as_failures() {
+        for (outcome, state) in [(Outcome::Ignored, State::Closed), (Outcome::Failure, State::Open)] {
+            let breaker = CircuitBreaker::builder("search")
+                .failure_threshold(50)
+                .cancelled(outcome);
+            let breaker = breaker.build().unwrap();
+            let service = CircuitBreakerLayer::new(breaker.clone()).layer(service_fn(hang));
+            for _ in 0..50 {
+                assert!(service.clone().oneshot(1).now_or_never().is_none());
+            }
+            let metrics = breaker.status().metrics;
+            assert_eq!(metrics.cancelled_requests + metrics.failed_requests, 50);
+            assert_eq!(breaker.state(), state);
+        }
+    }
+
+    // Calls that panic leave no trace.
+    #[test]
+    fn panics_are_failures() {
+        let breaker = breaker(50);
+        let panics = service_fn(|_: u32| -> Ready<io::Result<u32>> { std::panic::resume_unwind(Box::new("broken")) });
+        let service = CircuitBreakerLayer::new(breaker.clone()).layer(panics);
+        for failures in 0..50 {
+            assert_eq!(
+                (breaker.state(), breaker.status().failure_count),
+                (State::Closed, failures)
+            );
+            let call = || service.clone().oneshot(1).now_or_never();
+            assert!(catch_unwind(AssertUnwindSafe(call)).is_err(), "the panic passes on");
+        }
+        assert_eq!(breaker.state(), State::Open);
+    }
+
+    // A service that fails before it is called, in `poll_ready`, leaves no trace.
+    #[test]
+    fn errors_of_poll_ready_are_failures() {
+        let breaker = breaker(50);
+        let mut service = CircuitBreakerLayer::new(breaker.clone()).layer(Unready);
+        for failures in 0..50 {
+            assert_eq!(
+                (breaker.state(), breaker.status().failure_count),
+                (State::Closed, failures)
+            );
+            assert!(!is_ready(&mut service));
+        }
+        assert_eq!(breaker.state(), State::Open);
+    }
+
+    // Each service that the layer makes has a breaker of its own, and none of them sees enough to trip.
+    #[test]
+    fn all_services_of_a_layer_have_one_breaker() {
+        let breaker = breaker(5);
+        let layer = CircuitBreakerLayer::new(breaker.clone());
+        for _ in 0..5 {
+            let fails = service_fn(async |_: u32| Err::<u32, _>(io::Error::other("down")));
+            let failed = layer.clone().layer(fails).oneshot(1).now_or_never();
+            assert!(failed.expect("at once").is_err());
+        }
+        assert_eq!(breaker.state(), State::Open);
+    }
+
+    // A limit that each clone of the service has for itself is none where a server clones the service for each request.
+    #[test]
+    fn all_clones_of_a_service_have_one_limit() {
+        let service = RateLimitLayer::new(limiter(5)).layer(service_fn(answer));
+        let ask = |_: &u32| matches!(service.clone().oneshot(1).now_or_never(), Some(Ok(2)));
+        assert_eq!((0..1_500).filter(ask).count(), 5);
+    }
+
+    // State in what the layer makes: a server that applies the layer for each connection has a limit for each.
+    #[test]
+    fn all_connections_have_one_limit() {
+        let layer = RateLimitLayer::new(limiter(100));
+        let mut admitted = 0;
+        for _ in 0..32 {
+            let connection = layer.layer(service_fn(answer));
+            let ask = |_: &u32| matches!(connection.clone().oneshot(1).now_or_never(), Some(Ok(2)));
+            admitted += (0..100).filter(ask).count();
+        }
+        assert_eq!(admitted, 100);
+    }
+
+    // A service that was ready and is dropped without a call keeps what it took to be ready: a caller that picks among services
+    // uses up the limit of those that it does not pick.
+    #[test]
+    fn readiness_that_is_not_used_takes_nothing_of_a_limit() {
+        let limiter = limiter(5);
+        for _ in 0..100 {
+            assert!(is_ready(
+                &mut RateLimitLayer::new(limiter.clone()).layer(service_fn(answer))
+            ));
+            assert!(is_ready(
+                &mut RateLimitLayer::new(limiter.clone())
+                    .wait(SECOND)
+                    .layer(service_fn(answer))
+            ));
+        }
+        assert_eq!((0..100).filter(|_| limiter.try_acquire().is_ok()).count(), 5);
+    }
+
+    // The same of a probe's place: the circuit never closes again.
+    #[test]
+    fn readiness_that_is_not_used_gives_a_probes_place_back() {
+        let clock = Clock::manual();
+        let breaker = CircuitBreaker::builder("search")
+            .failure_threshold(1)
+            .half_open_max_calls(1);
+        let breaker = breaker.success_threshold(1).clock(&clock).build().unwrap();
+        breaker.try_acquire().unwrap().settle(Outcome::Failure);
+        clock.advance(HOUR);
+        for _ in 0..100 {
+            let mut service = CircuitBreakerLayer::new(breaker.clone()).layer(service_fn(answer));
+            assert!(is_ready(&mut service));
+            assert_eq!(breaker.status().probes_in_flight, 1);
+        }
+        breaker.try_acquire().unwrap().settle(Outcome::Success);
+        assert_eq!(breaker.state(), State::Closed);
+    }
+
+    // Who waits for an open circuit sleeps on after an operator has closed it, until the open time is over.
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_an_open_circuit_is_woken_when_it_is_forced_closed() {
+        let breaker = breaker(1);
+        breaker.try_acquire().unwrap().settle(Outcome::Failure);
+        let mut service = CircuitBreakerLayer::new(breaker.clone())
+            .not_ready()
+            .layer(service_fn(answer));
+        let begun = breaker.clock().now();
+        // A task of its own, which nothing else wakes.
+        let call = tokio::spawn(async move { service.ready().await.unwrap().call(1).await });
+        sleep(5 * SECOND).await;
+        assert!(!call.is_finished());
+        breaker.force_closed();
+        assert_eq!(call.await.unwrap().unwrap(), 2);
+        let waited = breaker.clock().now().duration_since(begun);
+        assert!(
+            waited < 6 * SECOND,
+            "the open time is an hour, and the call waited {waited:?}"
+        );
+    }
+
+    // Who waits for an open circuit looks every millisecond, or all the time.
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_an_open_circuit_looks_again_when_there_is_something_to_see() {
+        let breaker = breaker(1);
+        breaker.try_acquire().unwrap().settle(Outcome::Failure);
+        let mut service = CircuitBreakerLayer::new(breaker.clone())
+            .not_ready()
+            .layer(service_fn(answer));
+        let (begun, mut looks) = (breaker.clock().now(), 0);
+        poll_fn(|cx| {
+            looks += 1;
+            service.poll_ready(cx)
+        })
+        .await
+        .unwrap();
+        let waited = breaker.clock().now().duration_since(begun);
+        // tokio rounds up to its millisecond.
+        assert!((HOUR..HOUR + Duration::from_millis(2)).contains(&waited), "{waited:?}");
+        assert!(looks <= 3, "looked {looks} times in an hour");
+    }
+}
