@@ -832,3 +832,172 @@ mod layers {
         assert!(looks <= 3, "looked {looks} times in an hour");
     }
 }
+
+/// A limit for each caller.
+#[cfg(feature = "http")]
+mod keys {
+    use super::MINUTE;
+    use futures_util::FutureExt;
+    use http::{Request, Response, StatusCode};
+    use portcullis::{
+        Adaptive, Algorithm, ClientIp, Clock, KeyedCircuitBreaker, KeyedRateLimiter, KeysStatus, ManualClock, Outcome,
+        RateLimitLayer, SlidingWindow, TokenBucket,
+        key::{self, Key},
+        policy::{Keyed, Missing},
+    };
+    use std::{
+        convert::Infallible,
+        net::{IpAddr, Ipv6Addr, SocketAddr},
+    };
+    use tower::{Layer, ServiceExt, service_fn};
+
+    fn callers(algorithm: impl Into<Algorithm>, max_keys: usize) -> (KeyedRateLimiter, ManualClock) {
+        let clock = Clock::manual();
+        let callers = KeyedRateLimiter::builder("api", algorithm)
+            .max_keys(max_keys)
+            .clock(&clock);
+        (callers.build().unwrap(), clock)
+    }
+
+    fn tracked(callers: &KeyedRateLimiter) -> KeysStatus {
+        callers.status().keys.expect("keyed")
+    }
+
+    /// What these requests are answered, one after the other.
+    fn answers<K>(policy: Keyed<KeyedRateLimiter, K>, requests: impl Iterator<Item = Request<()>>) -> Vec<StatusCode>
+    where
+        K: Key<Request<()>> + Clone,
+    {
+        let found = service_fn(async |_: Request<()>| Ok::<_, Infallible>(Response::new(String::new())));
+        let service = RateLimitLayer::http(policy).layer(found);
+        let ask = |request| {
+            service
+                .clone()
+                .oneshot(request)
+                .now_or_never()
+                .expect("at once")
+                .unwrap()
+                .status()
+        };
+        requests.map(ask).collect()
+    }
+
+    fn admitted(answers: &[StatusCode]) -> usize {
+        answers.iter().filter(|status| status.is_success()).count()
+    }
+
+    fn from(peer: impl Into<IpAddr>) -> Request<()> {
+        let mut request = Request::new(());
+        request.extensions_mut().insert(SocketAddr::new(peer.into(), 4711));
+        request
+    }
+
+    // Whoever invents an address in `X-Forwarded-For` has a quota for each.
+    #[test]
+    fn invented_forwarded_addresses_share_the_quota_of_the_peer_that_sends_them() {
+        let (callers, _clock) = callers(TokenBucket::new(10, MINUTE), 1_000);
+        let invented = (0..20_000).map(|number: u32| {
+            let mut request = from([203, 0, 113, 7]);
+            let address = IpAddr::from(number.to_be_bytes()).to_string();
+            request
+                .headers_mut()
+                .insert("x-forwarded-for", address.parse().unwrap());
+            request
+        });
+        assert_eq!(admitted(&answers(callers.by(ClientIp::new()), invented)), 10);
+        assert_eq!(tracked(&callers).tracked, 1);
+    }
+
+    // Memory without bound: each invented key is kept, and each has a quota of its own.
+    #[test]
+    fn invented_keys_fill_the_set_and_then_share_one_quota() {
+        for algorithm in [
+            TokenBucket::new(10, MINUTE).into(),
+            SlidingWindow::new(10, MINUTE).into(),
+            Algorithm::from(Adaptive::new(10)),
+        ] {
+            let (callers, _clock) = callers(algorithm, 100);
+            let admitted = (0..200_000_u32).filter(|key| callers.try_acquire(key).is_ok()).count();
+            assert_eq!(
+                admitted, 110,
+                "{algorithm:?}: one for each of a hundred, and ten for all others"
+            );
+            assert_eq!(tracked(&callers).tracked, 100);
+        }
+    }
+
+    // Whoever has an IPv6 network, which is everybody who has IPv6, has 2^64 addresses and a quota for each.
+    #[test]
+    fn the_addresses_of_one_ipv6_network_share_one_quota() {
+        let (callers, _clock) = callers(TokenBucket::new(10, MINUTE), 1_000);
+        let network = |host: u16| from(Ipv6Addr::new(0x2001, 0xdb8, 0, 1, host, 0, 7, host));
+        let neighbour = from(Ipv6Addr::new(0x2001, 0xdb8, 0, 2, 0, 0, 7, 7));
+        let requests = (0..1_000).map(network).chain([neighbour]);
+        let answers = answers(callers.by(ClientIp::new()), requests);
+        assert_eq!(admitted(&answers[..1_000]), 10);
+        assert_eq!(answers[1_000], StatusCode::OK, "the next network is somebody else's");
+        assert_eq!(tracked(&callers).tracked, 2);
+    }
+
+    // A request without a key is answered 500, as if the server had failed.
+    #[test]
+    fn a_request_without_a_key_is_admitted_or_refused_and_no_failure_of_the_server() {
+        for (missing, expected) in [
+            (Missing::Shared, [StatusCode::OK, StatusCode::TOO_MANY_REQUESTS]),
+            (Missing::Exempt, [StatusCode::OK; 2]),
+            (Missing::Reject, [StatusCode::BAD_REQUEST; 2]),
+        ] {
+            let (callers, _clock) = callers(TokenBucket::new(1, MINUTE), 10);
+            let policy = callers.by(key::header("x-api-key").unwrap()).missing(missing);
+            let answers = answers(policy, (0..2).map(|_| Request::new(())));
+            assert_eq!(answers, expected, "{missing:?}");
+        }
+    }
+
+    // A key that made room for others comes back with a full quota: invented keys buy back what was spent.
+    #[test]
+    fn no_key_gets_back_what_it_spent_because_others_came() {
+        for algorithm in [
+            TokenBucket::new(10, MINUTE).into(),
+            SlidingWindow::new(10, MINUTE).into(),
+            Algorithm::from(Adaptive::new(10)),
+        ] {
+            let (callers, _clock) = callers(algorithm, 100);
+            assert_eq!((0..100).filter(|_| callers.try_acquire("mallory").is_ok()).count(), 10);
+            for key in 0..10_000_u32 {
+                let _ = callers.try_acquire(&key);
+            }
+            assert!(callers.try_acquire("mallory").is_err(), "{algorithm:?}");
+        }
+    }
+
+    // The same of breakers: a circuit that is open, or about to open, is forgotten, and the upstream that is down gets its calls again.
+    #[test]
+    fn no_key_gets_a_closed_circuit_because_others_came() {
+        let clock = Clock::manual();
+        let upstreams = KeyedCircuitBreaker::builder("upstream")
+            .max_keys(100)
+            .clock(&clock)
+            .build()
+            .unwrap();
+        let fail = |key: &str| upstreams.try_acquire(key).unwrap().settle(Outcome::Failure);
+        (0..5).for_each(|_| fail("down"));
+        (0..4).for_each(|_| fail("failing"));
+        for key in 0..10_000_u32 {
+            upstreams.try_acquire(&key).unwrap().settle(Outcome::Success);
+        }
+        assert!(upstreams.try_acquire("down").is_err());
+        fail("failing");
+        assert!(upstreams.try_acquire("failing").is_err(), "its fifth failure");
+        assert_eq!(upstreams.status().tracked, 100);
+    }
+
+    // The largest number of keys passes the constructor, and is allocated, or panics, at the first request.
+    #[test]
+    fn the_largest_number_of_keys_is_refused() {
+        let limits = KeyedRateLimiter::builder("api", TokenBucket::new(1, MINUTE)).max_keys(usize::MAX);
+        assert_eq!(limits.build().unwrap_err().field(), "max_keys");
+        let breakers = KeyedCircuitBreaker::builder("api").max_keys(usize::MAX);
+        assert_eq!(breakers.build().unwrap_err().field(), "max_keys");
+    }
+}
