@@ -1001,3 +1001,136 @@ mod keys {
         assert_eq!(breakers.build().unwrap_err().field(), "max_keys");
     }
 }
+
+/// What is answered over HTTP and gRPC, and what an answer says.
+#[cfg(feature = "http")]
+mod answers {
+    use super::{DAY, MINUTE, SECOND};
+    use futures_util::FutureExt;
+    use http::{Request, Response, StatusCode};
+    use portcullis::{
+        Adaptive, Algorithm, CircuitBreaker, CircuitBreakerLayer, Clock, RateLimitLayer, RateLimiter, SlidingWindow,
+        State, TokenBucket,
+    };
+    use std::{convert::Infallible, time::Duration};
+    use tower::{Layer, ServiceExt, service_fn};
+
+    // `Retry-After: 0`: the refused come back at once, and are refused again.
+    #[test]
+    fn a_refusal_never_says_to_come_back_now_or_earlier_than_would_do() {
+        for (algorithm, whole_seconds) in [
+            (Algorithm::from(TokenBucket::new(1_000, SECOND).burst(1)), "1"),
+            (SlidingWindow::new(1, SECOND / 1_000).into(), "1"),
+            (Adaptive::new(10).burst(1).window(SECOND).into(), "1"),
+            (TokenBucket::new(1, SECOND + Duration::from_nanos(1)).into(), "2"),
+            (TokenBucket::new(1, DAY).into(), "86400"),
+        ] {
+            let clock = Clock::manual();
+            let limiter = RateLimiter::builder("api", algorithm).clock(&clock).build().unwrap();
+            let hello = service_fn(async |_: Request<()>| Ok::<_, Infallible>(Response::new(String::new())));
+            let service = RateLimitLayer::http(limiter.clone()).layer(hello);
+            let ask = || {
+                service
+                    .clone()
+                    .oneshot(Request::new(()))
+                    .now_or_never()
+                    .expect("at once")
+                    .unwrap()
+            };
+            assert_eq!(ask().status(), StatusCode::OK);
+            let refused = ask();
+            assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+            assert_eq!(refused.headers()["retry-after"], whole_seconds, "{algorithm:?}");
+            let exact = limiter.try_acquire().unwrap_err().retry_after.unwrap();
+            assert!(exact > Duration::ZERO);
+            clock.advance(whole_seconds.parse().map(Duration::from_secs).unwrap());
+            assert_eq!(ask().status(), StatusCode::OK, "who did as told is admitted");
+        }
+    }
+
+    // An answer is an answer: a 500 inside `Ok` counts as success, and an adaptive limit rises while the service is down.
+    #[test]
+    fn an_answer_that_says_that_the_server_failed_is_a_failure() {
+        let clock = Clock::manual();
+        let limiter = RateLimiter::builder("api", Adaptive::new(100))
+            .clock(&clock)
+            .build()
+            .unwrap();
+        let breaker = CircuitBreaker::builder("api")
+            .failure_threshold(60)
+            .clock(&clock)
+            .build()
+            .unwrap();
+        let down = service_fn(async |_: Request<()>| {
+            let answer = Response::builder().status(StatusCode::INTERNAL_SERVER_ERROR);
+            Ok::<_, Infallible>(answer.body(String::new()).unwrap())
+        });
+        let inner = CircuitBreakerLayer::http(breaker.clone()).layer(down);
+        let service = RateLimitLayer::http(limiter.clone()).layer(inner);
+        for _ in 0..60 {
+            assert_eq!(breaker.state(), State::Closed);
+            let answer = service.clone().oneshot(Request::new(())).now_or_never();
+            assert_eq!(
+                answer.expect("at once").unwrap().status(),
+                StatusCode::INTERNAL_SERVER_ERROR
+            );
+        }
+        assert_eq!(breaker.state(), State::Open);
+        clock.advance(MINUTE);
+        assert!(limiter.status().rate < 100.0, "{}", limiter.status().rate);
+    }
+
+    fn grpc_call() -> Request<()> {
+        Request::post("/shop.Orders/Place")
+            .header("content-type", "application/grpc")
+            .body(())
+            .unwrap()
+    }
+
+    // The same as `Retry-After: 0`, for the clients of gRPC that retry by themselves.
+    #[test]
+    fn a_grpc_refusal_never_says_to_come_back_now_or_earlier_than_would_do() {
+        for (limit, millis) in [(400_000, "1"), (400, "3"), (1, "1000")] {
+            let clock = Clock::manual();
+            let limiter = RateLimiter::builder("api", TokenBucket::new(limit, SECOND).burst(1)).clock(&clock);
+            let done = service_fn(async |_: Request<()>| Ok::<_, Infallible>(Response::new(String::new())));
+            let service = RateLimitLayer::grpc(limiter.build().unwrap()).layer(done);
+            let ask = || {
+                service
+                    .clone()
+                    .oneshot(grpc_call())
+                    .now_or_never()
+                    .expect("at once")
+                    .unwrap()
+            };
+            assert!(!ask().headers().contains_key("grpc-status"));
+            let refused = ask();
+            assert_eq!(refused.headers()["grpc-status"], "8");
+            assert_eq!(refused.headers()["grpc-retry-pushback-ms"], millis);
+            clock.advance(millis.parse().map(Duration::from_millis).unwrap());
+            assert!(
+                !ask().headers().contains_key("grpc-status"),
+                "who did as told is admitted"
+            );
+        }
+    }
+
+    // The same as a 500 inside `Ok`: in gRPC a failure is a 200 that says so in its head or its trailers.
+    #[test]
+    fn a_grpc_status_that_says_that_the_server_failed_is_a_failure() {
+        let breaker = CircuitBreaker::builder("api").failure_threshold(5).build().unwrap();
+        let down = service_fn(async |_: Request<()>| {
+            let answer = Response::builder()
+                .header("content-type", "application/grpc")
+                .header("grpc-status", "14");
+            Ok::<_, Infallible>(answer.body(String::new()).unwrap())
+        });
+        let service = CircuitBreakerLayer::grpc(breaker.clone()).layer(down);
+        for _ in 0..5 {
+            assert_eq!(breaker.state(), State::Closed);
+            let answer = service.clone().oneshot(grpc_call()).now_or_never();
+            assert_eq!(answer.expect("at once").unwrap().status(), StatusCode::OK);
+        }
+        assert_eq!(breaker.state(), State::Open);
+    }
+}
