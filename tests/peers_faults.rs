@@ -1134,3 +1134,105 @@ mod answers {
         assert_eq!(breaker.state(), State::Open);
     }
 }
+
+/// What an operator sees and can do.
+mod operator {
+    use super::MINUTE;
+    use portcullis::{CircuitBreakerConfig, Clock, MetricsFormat, Outcome, Registry, State, Window};
+
+    /// The values of one family, with what names each.
+    fn family(registry: &Registry, name: &str) -> Vec<(String, String)> {
+        let text = registry.metrics_text(MetricsFormat::Prometheus);
+        let lines = text.lines().filter(|line| line.starts_with(&format!("{name}{{")));
+        lines
+            .map(|line| line.rsplit_once(' ').expect("a name and a value"))
+            .map(|(labels, value)| (labels.to_owned(), value.to_owned()))
+            .collect()
+    }
+
+    // One gauge for each state, set in passing and never unset: the circuit is open and closed at once.
+    #[test]
+    fn a_circuit_is_in_one_state_at_a_time() {
+        let clock = Clock::manual();
+        let registry = Registry::with_clock(&clock);
+        let config = CircuitBreakerConfig::default()
+            .failure_threshold(1)
+            .success_threshold(1);
+        let breaker = registry
+            .circuit_breaker("search", config.recovery_timeout(MINUTE))
+            .unwrap();
+        let is_in = |state: &str| {
+            let gauges = family(&registry, "circuit_breaker_in_state");
+            let set: Vec<_> = gauges.iter().filter(|(_, value)| value != "0").collect();
+            assert_eq!(set.len(), 1, "{state}: {set:?}");
+            assert!(set[0].0.contains(&format!("state=\"{state}\"")), "{state}: {set:?}");
+        };
+        let end = |outcome: Outcome| breaker.try_acquire().unwrap().settle(outcome);
+        is_in("closed");
+        end(Outcome::Failure);
+        is_in("open");
+        clock.advance(MINUTE);
+        is_in("half_open");
+        end(Outcome::Success);
+        is_in("closed");
+        breaker.force_open();
+        is_in("forced_open");
+        breaker.force_closed();
+        is_in("forced_closed");
+        breaker.disable();
+        is_in("disabled");
+        breaker.reset();
+        is_in("closed");
+    }
+
+    // A rate of −1 where there are too few calls for one: it is summed, averaged and compared like any other.
+    #[test]
+    fn a_rate_that_is_not_known_yet_is_absent() {
+        let registry = Registry::with_clock(Clock::manual());
+        let rate = CircuitBreakerConfig::default()
+            .failure_rate(0.9)
+            .window(Window::calls(10))
+            .minimum_calls(2);
+        let breaker = registry.circuit_breaker("search", rate).unwrap();
+        let ratio = || family(&registry, "circuit_breaker_failure_ratio");
+        let told = || breaker.status().window.expect("a rate is watched").failure_rate;
+        breaker.try_acquire().unwrap().settle(Outcome::Failure);
+        assert_eq!((told(), ratio()), (None, vec![]));
+        breaker.try_acquire().unwrap().settle(Outcome::Success);
+        assert_eq!(told(), Some(0.5));
+        assert_eq!(ratio()[0].1, "0.5");
+        assert_eq!(breaker.state(), State::Closed);
+    }
+
+    // A request to the admin endpoint for a name that nobody knows makes a breaker of that name.
+    #[cfg(feature = "http")]
+    #[test]
+    fn asking_the_admin_service_for_an_unknown_name_makes_nothing() {
+        use futures_util::FutureExt;
+        use http::{Method, Request, StatusCode};
+        use tower::ServiceExt;
+
+        let registry = Registry::new();
+        for method in [
+            Method::POST,
+            Method::PUT,
+            Method::DELETE,
+            Method::PATCH,
+            Method::GET,
+            Method::HEAD,
+        ] {
+            let request = Request::builder()
+                .method(&method)
+                .uri("/status/nobody")
+                .body("{\"state\":\"open\"}");
+            let answer = registry.admin().oneshot(request.unwrap()).now_or_never();
+            assert_eq!(
+                answer.expect("at once").unwrap().status(),
+                StatusCode::NOT_FOUND,
+                "{method}"
+            );
+            assert!(registry.services().is_empty(), "{method}");
+            assert!(registry.get_circuit_breaker("nobody").is_none());
+        }
+    }
+}
