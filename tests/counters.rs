@@ -1,6 +1,6 @@
 //! Counters and permits, however many breakers, threads and handles there are.
 
-use portcullis::{CircuitBreaker, Clock, EventKind, Outcome, RateLimiter, Registry, State, TokenBucket};
+use portcullis::{CircuitBreaker, Clock, EventKind, Outcome, RateLimiter, Registry, State, TokenBucket, Window};
 use std::{
     sync::{
         Arc, Barrier, Mutex,
@@ -30,6 +30,22 @@ fn a_thousand_breakers_count_each_for_itself() {
     for (n, breaker) in breakers.iter().enumerate() {
         assert_eq!(successes(breaker), n as u64 % 7, "breaker {n}");
     }
+}
+
+/// Those in a row after a failure are told to the breaker together, now and then.
+#[test]
+fn a_success_is_counted_once_however_many_there_are_in_a_row() {
+    let breaker = CircuitBreaker::builder("agent")
+        .failure_rate(1.0)
+        .window(Window::calls(10_000))
+        .build()
+        .unwrap();
+    breaker.try_acquire().unwrap().settle(Outcome::Failure);
+    for _ in 0..3_000 {
+        breaker.try_acquire().unwrap().settle(Outcome::Success);
+    }
+    let metrics = breaker.status().metrics;
+    assert_eq!((metrics.successful_requests, metrics.total_requests), (3_000, 3_001));
 }
 
 #[test]
