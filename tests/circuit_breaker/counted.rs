@@ -12,7 +12,9 @@ enum Step {
     Succeed(u32),
     Fail,
     Ignore,
-    Advance(u64),
+    Advance(Duration),
+    /// Moves to the first moment of a tenth.
+    Tenth(u64),
     Reset,
     ForceClosed,
     Reconfigure(u64),
@@ -25,7 +27,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             6 => (1..9_u32).prop_map(Step::Succeed),
             3 => Just(Step::Fail),
             1 => Just(Step::Ignore),
-            4 => prop_oneof![1..30_u64, 90..110_u64, Just(100), 1_000..1_200_u64].prop_map(Step::Advance),
+            4 => prop_oneof![1..30_u64, 90..110_u64, Just(100), 1_000..1_200_u64]
+                .prop_map(|millis| Step::Advance(Duration::from_millis(millis))),
+            3 => prop_oneof![3 => Just(1), 1 => 2..12_u64].prop_map(Step::Tenth),
             1 => Just(Step::Reset),
             1 => Just(Step::ForceClosed),
             1 => (1..5_u64).prop_map(Step::Reconfigure),
@@ -83,6 +87,12 @@ impl Both {
         Ok(())
     }
 
+    async fn advance(&self, by: Duration) {
+        tokio::time::advance(by).await;
+        self.clock
+            .advance(Clock::system().now().duration_since(self.clock.now()));
+    }
+
     async fn step(&self, step: &Step, minimum: u32, consecutive: bool) -> TestCaseResult {
         match *step {
             Step::Succeed(n) => {
@@ -92,11 +102,8 @@ impl Both {
             }
             Step::Fail => self.call(Outcome::Failure)?,
             Step::Ignore => self.call(Outcome::Ignored)?,
-            Step::Advance(millis) => {
-                tokio::time::advance(Duration::from_millis(millis)).await;
-                self.clock
-                    .advance(Clock::system().now().duration_since(self.clock.now()));
-            }
+            Step::Advance(by) => self.advance(by).await,
+            Step::Tenth(n) => self.advance(until_tenth(n)).await,
             Step::Reset => {
                 self.counts.reset();
                 self.records.reset();
@@ -129,14 +136,12 @@ impl Both {
     }
 }
 
-/// Waits until a tenth of every window begins: so steps fall on its first moment, too, and on its last.
-async fn begin_with_a_tenth() {
-    // Tenths of 100, 200, 300 and 400 ms are counted from where the clock's scale begins.
-    const ALL: u128 = 1_200_000_000;
+/// How long it is until that many tenths of 100 ms have begun from now on. They are counted from where the clock's scale begins.
+fn until_tenth(tenths: u64) -> Duration {
     let now = Clock::system().now();
-    let passed = now.duration_since(now.saturating_sub(Duration::MAX)).as_nanos() % ALL;
-    let left = u64::try_from(ALL - passed).expect("a second or so");
-    tokio::time::advance(Duration::from_nanos(left)).await;
+    let passed = now.duration_since(now.saturating_sub(Duration::MAX)).as_nanos() % 100_000_000;
+    let passed = u64::try_from(passed).expect("less than a tenth");
+    Duration::from_nanos(tenths * 100_000_000 - passed)
 }
 
 proptest! {
@@ -150,7 +155,6 @@ proptest! {
         let _ = Clock::system().now();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         runtime.block_on(async {
-            begin_with_a_tenth().await;
             let both = Both::new(&config(1, minimum, consecutive));
             for step in &steps {
                 both.step(step, minimum, consecutive).await?;
