@@ -2,10 +2,7 @@
 
 use portcullis::{CircuitBreaker, Clock, EventKind, Outcome, RateLimiter, Registry, State, TokenBucket, Window};
 use std::{
-    sync::{
-        Arc, Barrier, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Barrier, Mutex},
     thread,
     time::Duration,
 };
@@ -156,41 +153,6 @@ fn a_permit_that_outlives_every_handle_still_tells_the_listeners() {
     second.settle(Outcome::Success);
     first.settle(Outcome::Failure);
     assert_eq!(*opened.lock().unwrap(), [State::Open]);
-}
-
-/// Whatever order handles and permits go in, what the breaker holds goes with the last of them.
-#[test]
-fn the_last_of_handles_and_permits_drops_the_listeners() {
-    struct Told(Arc<AtomicU64>);
-    impl Drop for Told {
-        fn drop(&mut self) {
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-    let dropped = Arc::new(AtomicU64::new(0));
-    let mut gone = 0;
-    for permits_first in [true, false] {
-        let breaker = breaker();
-        let told = Told(dropped.clone());
-        breaker.on_event(move |_| {
-            let _ = &told;
-        });
-        let other = breaker.clone();
-        let permits = [breaker.try_acquire().unwrap(), other.try_acquire().unwrap()];
-        assert_eq!(dropped.load(Ordering::Relaxed), gone);
-        if permits_first {
-            drop(permits);
-            drop(breaker);
-            assert_eq!(dropped.load(Ordering::Relaxed), gone, "a handle is left");
-            drop(other);
-        } else {
-            drop((breaker, other));
-            assert_eq!(dropped.load(Ordering::Relaxed), gone, "permits are left");
-            drop(permits);
-        }
-        gone += 1;
-        assert_eq!(dropped.load(Ordering::Relaxed), gone);
-    }
 }
 
 /// Threads end permits while others drop the last handles and build the next breakers.

@@ -81,6 +81,36 @@ fn a_listener_that_panics_when_it_is_dropped_leaves_nothing_behind_for_the_next_
     }
 }
 
+/// Whatever order handles and permits go in, what the breaker holds goes with the last of them.
+#[test]
+fn the_last_of_handles_and_permits_drops_the_listeners() {
+    let _alone = alone();
+    let dropped = Arc::new(AtomicU64::new(0));
+    let mut gone = 0;
+    for permits_first in [true, false] {
+        let breaker = breaker();
+        let told = Told(dropped.clone());
+        breaker.on_event(move |_| {
+            let _ = &told;
+        });
+        let other = breaker.clone();
+        let permits = [breaker.try_acquire().unwrap(), other.try_acquire().unwrap()];
+        assert_eq!(dropped.load(Ordering::Relaxed), gone);
+        if permits_first {
+            drop(permits);
+            drop(breaker);
+            assert_eq!(dropped.load(Ordering::Relaxed), gone, "a handle is left");
+            drop(other);
+        } else {
+            drop((breaker, other));
+            assert_eq!(dropped.load(Ordering::Relaxed), gone, "permits are left");
+            drop(permits);
+        }
+        gone += 1;
+        assert_eq!(dropped.load(Ordering::Relaxed), gone);
+    }
+}
+
 trait Ends: fmt::Debug {
     fn settle(self, verdict: Verdict);
     fn unused(self);
