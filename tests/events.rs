@@ -232,6 +232,35 @@ fn a_transition_that_is_due_is_heard_before_what_made_it_real() {
     }
 }
 
+/// Seated or not, by a call that is settled or dropped.
+#[test]
+fn who_hears_of_a_transition_sees_the_call_that_made_it_counted() {
+    let clock = Clock::manual();
+    let others: Vec<_> = (0..300).map(|_| breaker(&clock)).collect();
+    let standing = breaker(&clock);
+    drop(others);
+    for breaker in [breaker(&clock), standing] {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let listener = breaker.on_event({
+            let (breaker, seen) = (breaker.clone(), seen.clone());
+            move |_| {
+                let metrics = breaker.status().metrics;
+                let ended = (metrics.failed_requests, metrics.successful_requests);
+                seen.lock().unwrap().push(ended);
+            }
+        });
+        settle(&breaker, Outcome::Failure);
+        clock.advance(MINUTE);
+        settle(&breaker, Outcome::Success);
+        let cancelled_fails = brittle().cancelled(Outcome::Failure);
+        breaker.reconfigure(cancelled_fails).unwrap();
+        drop(breaker.try_acquire().unwrap());
+        // To open, half-open, closed, reconfigured, open.
+        assert_eq!(*seen.lock().unwrap(), [(1, 0), (1, 0), (1, 1), (1, 1), (2, 1)]);
+        breaker.remove_listener(listener);
+    }
+}
+
 #[test]
 fn resets_overrides_and_reconfigurations_are_heard() {
     let clock = Clock::manual();
