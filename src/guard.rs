@@ -612,7 +612,10 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
         R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
     {
         let now = Reading::new();
-        if let Some(refusing) = self.layer.policy.refuse_at_a_glance(None, &request, &now) {
+        // Of a pair that refused otherwise, the one that would be asked here need not be the one that did.
+        if self.looked.is_some()
+            && let Some(refusing) = self.layer.policy.refuse_at_a_glance(None, &request, &now)
+        {
             return self.layer.reject.reject(request, refusing.reject());
         }
         let why = self.refusal(&now);

@@ -15,13 +15,13 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     task::{Context, Poll, Waker},
     time::Duration,
 };
 use tokio_test::{assert_pending, assert_ready, assert_ready_ok};
-use tower::{Layer, Service, ServiceExt, service_fn};
+use tower::{Layer, Service, ServiceExt, service_fn, util::BoxService};
 
 type Log = Arc<Mutex<Vec<String>>>;
 
@@ -138,6 +138,81 @@ async fn in_a_pair_it_is_all_or_nothing_with_the_others() {
         "the answer names the one that refused"
     );
     assert_eq!(*even.log.lock().unwrap(), ["rejected", "success"]);
+}
+
+/// Refuses in `poll_ready` while it is closed, by the required methods alone.
+#[derive(Clone, Default)]
+struct Closing(Arc<AtomicBool>);
+
+impl Closing {
+    fn refusal(&self) -> Option<Rejected> {
+        let closed = self.0.load(Ordering::Relaxed);
+        closed.then(|| Rejected::new(name("shop"), Reason::Other).retry_after(Duration::from_secs(3600)))
+    }
+}
+
+impl Gate for Closing {
+    type Reserved = ();
+    fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
+        self.refusal().map_or(Readiness::Ready(()), Readiness::Rejected)
+    }
+}
+
+impl Policy<u32> for Closing {
+    type Permit = ();
+    type Wait = Never<()>;
+    fn refusal(&self, (): &(), _: &u32, _: &Reading) -> Option<Rejected> {
+        self.refusal()
+    }
+    fn admit(&self, (): (), _: &u32, _: &Reading) -> Admit<(), Never<()>> {
+        self.refusal().map_or(Admit::Now(()), Admit::Rejected)
+    }
+}
+
+#[test]
+fn who_refused_a_service_when_it_was_readied_rejects_its_call_whatever_the_other_of_the_pair_says() {
+    fn rejection<P: Policy<u32, Wait: portcullis::policy::Hold<BoxService<u32, u32, std::io::Error>, u32>> + Clone>(
+        policy: P,
+        between: impl FnOnce(),
+    ) -> Rejected {
+        let mut service = GuardLayer::new(policy).layer(BoxService::new(echo()));
+        assert_ready_ok!(service.poll_ready(&mut Context::from_waker(Waker::noop())));
+        between();
+        let error = service.call(2).now_or_never().unwrap().unwrap_err();
+        Rejected::find(&*error).unwrap().clone()
+    }
+    let closed = Closing::default();
+    closed.0.store(true, Ordering::Relaxed);
+    let own = closed.refusal().unwrap();
+    let limiter = RateLimiter::builder("search", TokenBucket::new(1, Duration::from_secs(60)))
+        .clock(Clock::manual())
+        .build()
+        .unwrap();
+    limiter.try_acquire().unwrap();
+    let breaker = CircuitBreaker::builder("search").build().unwrap();
+    let open = || breaker.force_open();
+
+    assert_eq!(rejection((closed.clone(), limiter.clone()), || ()), own);
+    assert_eq!(rejection((limiter.clone(), closed.clone()), || ()), own);
+    assert_eq!(
+        rejection(((closed.clone(), limiter.clone()), limiter.clone()), || ()),
+        own
+    );
+    assert_eq!(
+        rejection((closed.clone(), (limiter.clone(), breaker.clone())), open),
+        own,
+        "it refuses still, and is asked first"
+    );
+    assert_eq!(limiter.status().rejected_requests, 0);
+    assert_eq!(breaker.status().metrics.rejected.forced_open, 0);
+    let reopened = || closed.0.store(false, Ordering::Relaxed);
+    breaker.reset();
+    let lapsed = rejection((closed.clone(), limiter.clone()), reopened);
+    assert_eq!(
+        (lapsed.reason, lapsed.retry_after),
+        (Reason::Other, Some(Duration::ZERO))
+    );
+    assert_eq!(limiter.status().rejected_requests, 0);
 }
 
 /// Not ready until a door is opened; wakes who waits for it.

@@ -275,9 +275,10 @@ pub trait Policy<Req>: Gate {
         None
     }
 
-    /// Another, for a call that is not admitted at a glance: the refusal, counted, if a look at the policy is enough. `reserved` is
-    /// `None` where the service was readied to reject: this refused, and is asked whether it still does. Otherwise nothing is
-    /// counted. Default: a look is never enough.
+    /// Another, for a call that is not admitted at a glance: the refusal, if a look at the policy is enough. Whoever answers with one
+    /// has counted it: [`count`](Gate::count) is not asked. Otherwise nothing has happened. `reserved` is `None` where this has
+    /// refused [at a glance](Gate::ready_at_a_glance) in `poll_ready`, and is asked whether it still does. Default: a look is never
+    /// enough.
     fn refuse_at_a_glance(
         &self,
         reserved: Option<&Self::Reserved>,
