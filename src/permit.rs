@@ -140,14 +140,16 @@ impl From<Outcome> for Verdict {
 pub trait Permit: Sized {
     /// The call ended, and this is how.
     fn settle(self, verdict: Verdict, now: &Reading);
-    /// A shortcut of [`settle`](Self::settle), where the permit lies: whether it is settled, which then is all that will be done with
-    /// it, and to drop it does nothing. Otherwise nothing has happened, and `settle` is asked. Default: there is no shortcut.
+    /// A shortcut of [`settle`](Self::settle), asked before it, where the permit lies. `true`: the permit is settled, and is asked
+    /// nothing more. It may be forgotten without being dropped, so it owns nothing from now on; and to drop it does nothing. `false`:
+    /// nothing has happened, and `settle` is asked. Default: there is no shortcut.
     #[inline]
     fn settle_quickly(&mut self, verdict: &Verdict, now: &Reading) -> bool {
         let _ = (verdict, now);
         false
     }
-    /// Settles what is there, in the quick way if there is one. `None` is settled.
+    /// Settles what is there, in the quick way if there is one: how a classifier ends a call. `None` is settled. A permit of your own
+    /// has no need to replace it.
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
@@ -213,16 +215,20 @@ impl<A: Permit, B: Permit> Permit for (A, B) {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn settle_in_place(permit: &mut Option<Self>, verdict: Verdict, now: &Reading) {
-        let Some((first, second)) = permit else {
+        let Some((first, _)) = permit else {
             return;
         };
         // Each where it lies: they are large together.
         if first.settle_quickly(&verdict, now) {
-            if second.settle_quickly(&verdict, now) {
-                std::mem::forget(permit.take());
-            } else if let Some((_, second)) = permit.take() {
+            let half = HalfSettled(permit);
+            if let Some((_, second)) = &mut *half.0
+                && second.settle_quickly(&verdict, now)
+            {
+                std::mem::forget(half.0.take());
+            } else if let Some((_, second)) = half.0.take() {
                 second.settle(verdict, now);
             }
+            std::mem::forget(half);
         } else if let Some(permit) = permit.take() {
             permit.settle(verdict, now);
         }
@@ -283,6 +289,17 @@ impl<P: Permit, V: Fn() -> Verdict + Copy> Drop for OnUnwind<'_, P, V> {
 fn settle_unwinding<P: Permit>(permit: Option<P>, verdict: impl Fn() -> Verdict) {
     if let Some(permit) = permit {
         permit.settle(verdict(), &Reading::new());
+    }
+}
+
+/// A pair whose first is settled. Dropped, the second panicked where it lay: it failed, and the first is not told again.
+struct HalfSettled<'a, A: Permit, B: Permit>(&'a mut Option<(A, B)>);
+
+impl<A: Permit, B: Permit> Drop for HalfSettled<'_, A, B> {
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
+    fn drop(&mut self) {
+        settle_unwinding(self.0.take().map(|(_, second)| second), || Outcome::Failure.into());
     }
 }
 

@@ -118,6 +118,119 @@ async fn a_policy_of_ones_own_sees_the_request_and_how_its_call_ended() {
     );
 }
 
+/// How a permit takes its end.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Manner {
+    Slow,
+    Quick,
+    PanicsSlowly,
+    PanicsQuickly,
+}
+
+/// Admits every call, with a permit that notes how it ends.
+#[derive(Clone)]
+struct Mannered(Manner, Log);
+
+struct MannerlyPermit(Manner, Log);
+
+impl Gate for Mannered {
+    type Reserved = ();
+    fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
+        Readiness::Ready(())
+    }
+}
+
+impl Policy<u32> for Mannered {
+    type Permit = MannerlyPermit;
+    type Wait = Never<MannerlyPermit>;
+    fn refusal(&self, (): &(), _: &u32, _: &Reading) -> Option<Rejected> {
+        None
+    }
+    fn admit(&self, (): (), _: &u32, _: &Reading) -> Admit<MannerlyPermit, Never<MannerlyPermit>> {
+        Admit::Now(MannerlyPermit(self.0, self.1.clone()))
+    }
+}
+
+impl MannerlyPermit {
+    fn note(&self, what: &str) {
+        self.1.lock().unwrap().push(what.into());
+    }
+}
+
+impl Permit for MannerlyPermit {
+    fn settle(self, verdict: Verdict, _: &Reading) {
+        self.note(verdict.outcome.as_str());
+        assert_ne!(self.0, Manner::PanicsSlowly);
+    }
+    fn settle_quickly(&mut self, verdict: &Verdict, _: &Reading) -> bool {
+        assert_ne!(self.0, Manner::PanicsQuickly);
+        let quick = self.0 == Manner::Quick;
+        if quick {
+            self.note(verdict.outcome.as_str());
+        }
+        quick
+    }
+    fn cancel(self, _: Option<u32>, _: &Reading) {
+        self.note("cancelled");
+    }
+    fn unused(self, _: &Reading) {
+        self.note("unused");
+    }
+}
+
+#[test]
+fn each_permit_of_a_pair_is_settled_once_however_the_other_takes_it() {
+    use Manner::{PanicsQuickly, PanicsSlowly, Quick, Slow};
+    let manners = [Slow, Quick, PanicsSlowly, PanicsQuickly];
+    let mut every_two = manners.map(|one| manners.map(|other| (one, other))).concat();
+    // A second panic while the first unwinds is the end of any program.
+    every_two.retain(|two| *two != (PanicsQuickly, PanicsSlowly));
+    for (request, (one, other)) in [2, 500]
+        .into_iter()
+        .flat_map(|n| every_two.iter().map(move |two| (n, *two)))
+    {
+        let what = format!("{one:?} and {other:?} at the end of call {request}");
+        // In one pair with each other, and in one with a pair of ours.
+        for nested in [false, true] {
+            let logs = [Log::default(), Log::default()];
+            let breaker = CircuitBreaker::builder("search").build().unwrap();
+            let limiter = RateLimiter::new("search", TokenBucket::new(10, Duration::from_secs(60))).unwrap();
+            let (first, second) = (Mannered(one, logs[0].clone()), Mannered(other, logs[1].clone()));
+            let call = || {
+                if nested {
+                    let pair = ((breaker.clone(), first.clone()), (limiter.clone(), second.clone()));
+                    let _ = GuardLayer::new(pair).layer(echo()).call(request).now_or_never();
+                } else {
+                    let pair = (first.clone(), second.clone());
+                    let _ = GuardLayer::new(pair).layer(echo()).call(request).now_or_never();
+                }
+            };
+            let panicked = catch_unwind(AssertUnwindSafe(call)).is_err();
+            let [first, second] = logs.map(|log| log.lock().unwrap().len());
+            assert_eq!(first, 1, "{what}");
+            // One who panics while it is settled takes the other with it, which is dropped then.
+            let dropped = one == PanicsSlowly;
+            assert_eq!(second, usize::from(!dropped), "{what}");
+            assert!(panicked || !dropped, "{what}");
+            let metrics = breaker.status().metrics;
+            let ends = metrics.successful_requests + metrics.failed_requests;
+            assert_eq!((metrics.total_requests, ends), (nested.into(), nested.into()), "{what}");
+        }
+        for manner in [one, other] {
+            let log = Log::default();
+            let breaker = CircuitBreaker::builder("search").build().unwrap();
+            let policy = Mannered(manner, log.clone());
+            let pair = (breaker.clone(), policy.clone());
+            let call = || GuardLayer::new(pair).layer(echo()).call(request).now_or_never();
+            let _ = catch_unwind(AssertUnwindSafe(call));
+            assert_eq!(log.lock().unwrap().len(), 1, "{what}");
+            let metrics = breaker.status().metrics;
+            assert_eq!(metrics.failed_requests, u64::from(request == 500), "{what}");
+            assert_eq!(metrics.total_requests, 1, "{what}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn in_a_pair_it_is_all_or_nothing_with_the_others() {
     let even = Even::default();
