@@ -53,7 +53,8 @@ pub(crate) struct Told {
     pub(crate) remaining: u32,
 }
 
-/// What a policy that refuses at a glance tells of a rejection that is not made yet: the guard makes it where it is wanted.
+/// What a policy that [refuses at a glance](crate::policy::Policy::refuse_at_a_glance) tells of a rejection that is not made yet: the
+/// guard makes it where it is wanted.
 ///
 /// ```
 /// use portcullis::{Name, Reason, policy::Refusing};

@@ -106,14 +106,14 @@ pub enum Readiness<R> {
     Rejected(Rejected),
 }
 
-/// What a policy says in `poll_ready`, if a look at it is enough.
+/// What a policy says in `poll_ready`, if a look at it is enough: the answer of [`Gate::ready_at_a_glance`].
 #[derive(Debug)]
 pub enum Glance<R> {
     /// The inner service may be asked whether it is ready.
     Ready(R),
-    /// The call would be rejected for this reason.
+    /// The call would be rejected for this reason: the inner service need not be asked whether it is ready.
     Refused(Reason),
-    /// It takes more than a look.
+    /// It takes more than a look: [`Gate::reserve`] is asked.
     Unsure,
 }
 
@@ -152,12 +152,14 @@ pub trait Gate {
     }
 
     /// A shortcut of [`reserve`](Self::reserve) for a service that holds nothing, and asked before it: what a look tells, without
-    /// taking anything. A refusal is told by its reason alone: the rejection is made when the service is called. Default: a look does
+    /// taking anything. A refusal is told by its reason alone, and the rejection is made when the service is called: by
+    /// [`Policy::refuse_at_a_glance`] if that still refuses, else by `reserve`, else by [`lapsed`](Self::lapsed). A policy that
+    /// refuses here says so by [`REFUSES_AT_A_GLANCE`](Self::REFUSES_AT_A_GLANCE) and implements the other two. Default: a look does
     /// not tell.
     ///
     /// ```
     /// use portcullis::{GuardLayer, Name, Reason, Rejected, policy::{Admit, Gate, Glance, Never, Policy, Readiness, Reading, Refusing}};
-    /// use std::{sync::{Arc, atomic::{AtomicBool, Ordering}}, task::Context};
+    /// use std::{sync::{Arc, atomic::{AtomicBool, Ordering}}, task::Context, time::Duration};
     /// use tower::{ServiceBuilder, ServiceExt, service_fn};
     ///
     /// #[derive(Clone)]
@@ -183,7 +185,7 @@ pub trait Gate {
     ///         self.refusing().map_or(Glance::Ready(()), |_| Glance::Refused(Reason::Other))
     ///     }
     ///     fn lapsed(&self, reason: Reason) -> Rejected {
-    ///         Rejected::new(self.0.clone(), reason)
+    ///         Rejected::new(self.0.clone(), reason).retry_after(Duration::ZERO)
     ///     }
     /// }
     ///
@@ -216,11 +218,15 @@ pub trait Gate {
         Glance::Unsure
     }
 
-    /// Whether [`ready_at_a_glance`](Self::ready_at_a_glance) ever refuses. Of a pair only one does, the first if it may. Default: no.
+    /// Whether [`ready_at_a_glance`](Self::ready_at_a_glance) ever refuses: a pair has to know which of its two did, and lets only one,
+    /// the first if it may. Default: no.
     const REFUSES_AT_A_GLANCE: bool = false;
 
-    /// The rejection of a call by a service that was refused for that reason [at a glance](Self::ready_at_a_glance) and is
-    /// called when this refuses no more: its time is over. Asked of no other policy.
+    /// The rejection of a call whose service was refused for that reason [at a glance](Self::ready_at_a_glance), if by now this
+    /// refuses no more: the inner service was not asked whether it is ready, so the call cannot be made. Not counted yet. Asked of no
+    /// policy but those that [refuse at a glance](Self::REFUSES_AT_A_GLANCE), which must implement it. Default: panics.
+    ///
+    /// Mostly a rejection that may be tried again at once: with a `retry_after` of zero.
     fn lapsed(&self, reason: Reason) -> Rejected {
         let _ = reason;
         unimplemented!("a policy that refuses at a glance tells what has lapsed")
@@ -597,13 +603,14 @@ impl<A: Gate, B: Gate> Gate for (A, B) {
     fn ready_at_a_glance(&self, now: &Reading) -> Glance<Self::Reserved> {
         let first = match self.0.ready_at_a_glance(now) {
             Glance::Ready(first) => first,
-            Glance::Refused(reason) => return Glance::Refused(reason),
-            Glance::Unsure => return Glance::Unsure,
+            // What refuses without saying that it may would not be asked for its rejection.
+            Glance::Refused(reason) if A::REFUSES_AT_A_GLANCE => return Glance::Refused(reason),
+            Glance::Refused(_) | Glance::Unsure => return Glance::Unsure,
         };
         match self.1.ready_at_a_glance(now) {
             Glance::Ready(second) => Glance::Ready((first, second)),
             // Of two that may refuse it has to be known which did.
-            Glance::Refused(reason) if !A::REFUSES_AT_A_GLANCE => Glance::Refused(reason),
+            Glance::Refused(reason) if B::REFUSES_AT_A_GLANCE && !A::REFUSES_AT_A_GLANCE => Glance::Refused(reason),
             Glance::Refused(_) | Glance::Unsure => Glance::Unsure,
         }
     }
