@@ -6,7 +6,7 @@ use portcullis::{
     BoxError, CircuitBreaker, Clock, GuardLayer, Name, Outcome, Quota, RateLimitLayer, RateLimiter, Reason, Rejected,
     TokenBucket, Verdict,
     classify::Classify,
-    policy::{Admit, Gate, Later, Never, Permit, Policy, Readiness, Reading},
+    policy::{Admit, Gate, Glance, Later, Never, Permit, Policy, Readiness, Reading, Refusing},
     reject::Reject,
 };
 use std::{
@@ -325,6 +325,159 @@ fn who_refused_a_service_when_it_was_readied_rejects_its_call_whatever_the_other
         (lapsed.reason, lapsed.retry_after),
         (Reason::Other, Some(Duration::ZERO))
     );
+    assert_eq!(limiter.status().rejected_requests, 0);
+}
+
+/// Refuses at a glance while it is off, for so long, and notes each rejection that it counts.
+#[derive(Clone)]
+struct Switch {
+    name: Name,
+    off: Arc<Mutex<Option<Duration>>>,
+    counted: Log,
+}
+
+impl Switch {
+    fn new(text: &str) -> Self {
+        Self {
+            name: name(text),
+            off: Arc::default(),
+            counted: Log::default(),
+        }
+    }
+
+    fn set(&self, off: Option<u64>) {
+        *self.off.lock().unwrap() = off.map(Duration::from_secs);
+    }
+
+    fn refusing(&self) -> Option<Refusing<'_>> {
+        let wait = (*self.off.lock().unwrap())?;
+        Some(Refusing::new(&self.name, Reason::Other).retry_after(wait))
+    }
+
+    fn note(&self, how: &str) {
+        self.counted.lock().unwrap().push(how.into());
+    }
+
+    fn counted(&self) -> Vec<String> {
+        std::mem::take(&mut self.counted.lock().unwrap())
+    }
+}
+
+impl Gate for Switch {
+    type Reserved = ();
+    fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
+        self.refusing()
+            .map_or(Readiness::Ready(()), |it| Readiness::Rejected(it.reject()))
+    }
+    const REFUSES_AT_A_GLANCE: bool = true;
+    fn ready_at_a_glance(&self, _: &Reading) -> Glance<()> {
+        self.refusing()
+            .map_or(Glance::Ready(()), |_| Glance::Refused(Reason::Other))
+    }
+    fn lapsed(&self, reason: Reason) -> Rejected {
+        Rejected::new(self.name.clone(), reason)
+    }
+    fn count(&self, why: &Rejected, _: &Reading) -> bool {
+        let own = why.service == self.name;
+        if own {
+            self.note("told");
+        }
+        own
+    }
+}
+
+impl Policy<u32> for Switch {
+    type Permit = ();
+    type Wait = Never<()>;
+    fn refusal(&self, (): &(), _: &u32, _: &Reading) -> Option<Rejected> {
+        self.refusing().map(Refusing::reject)
+    }
+    fn refuse_at_a_glance(&self, _: Option<&()>, _: &u32, _: &Reading) -> Option<Refusing<'_>> {
+        let refusing = self.refusing()?;
+        self.note("at a glance");
+        Some(refusing)
+    }
+    fn admit(&self, (): (), request: &u32, now: &Reading) -> Admit<(), Never<()>> {
+        self.refuse(&(), request, now).map_or(Admit::Now(()), Admit::Rejected)
+    }
+}
+
+#[test]
+fn a_refusal_at_a_glance_is_told_as_it_is_at_the_call_and_counted_once_wherever_in_a_pair_it_is() {
+    fn readied<P>(policy: P, between: impl FnOnce()) -> (Option<Duration>, String)
+    where
+        P: Policy<u32, Wait: portcullis::policy::Hold<BoxService<u32, u32, std::io::Error>, u32>> + Clone,
+    {
+        let mut service = GuardLayer::new(policy).layer(BoxService::new(echo()));
+        for _ in 0..3 {
+            assert_ready_ok!(service.poll_ready(&mut Context::from_waker(Waker::noop())));
+        }
+        between();
+        let error = service.call(2).now_or_never().unwrap().unwrap_err();
+        let why = Rejected::find(&*error).unwrap();
+        (why.retry_after, why.service.to_string())
+    }
+    let (switch, other) = (Switch::new("switch"), Switch::new("other"));
+    let limiter = RateLimiter::builder("search", TokenBucket::new(1, Duration::from_secs(60)))
+        .clock(Clock::manual())
+        .build()
+        .unwrap();
+    limiter.try_acquire().unwrap();
+    let closing = Closing::default();
+    let told = |seconds: Option<u64>, who: &str| (seconds.map(Duration::from_secs), String::from(who));
+    macro_rules! in_every_place {
+        ($check:ident) => {
+            $check!(switch.clone());
+            $check!((switch.clone(), limiter.clone()));
+            $check!((limiter.clone(), switch.clone()));
+            $check!(((limiter.clone(), switch.clone()), limiter.clone()));
+            $check!((limiter.clone(), (closing.clone(), switch.clone())));
+            $check!((switch.clone(), other.clone()));
+            $check!((
+                (closing.clone(), other.clone()),
+                (limiter.clone(), switch.clone())
+            ));
+        };
+    }
+    macro_rules! shorter_by_now {
+        ($policy:expr) => {
+            switch.set(Some(10));
+            assert_eq!(readied($policy, || switch.set(Some(4))), told(Some(4), "switch"));
+            assert_eq!(switch.counted().len(), 1);
+        };
+    }
+    macro_rules! over_by_now {
+        ($policy:expr) => {
+            switch.set(Some(10));
+            let (wait, who) = readied($policy, || switch.set(None));
+            assert!(wait.is_none_or(|wait| wait.is_zero()));
+            assert_eq!((who.as_str(), switch.counted()), ("switch", vec!["told".into()]));
+        };
+    }
+    macro_rules! off_by_now {
+        ($policy:expr) => {
+            switch.set(None);
+            assert_eq!(
+                readied($policy, || switch.set(Some(3600))),
+                told(Some(3600), "switch")
+            );
+            assert_eq!(switch.counted().len(), 1);
+        };
+    }
+    in_every_place!(shorter_by_now);
+    in_every_place!(over_by_now);
+    in_every_place!(off_by_now);
+    switch.set(None);
+    other.set(Some(5));
+    let pair = || (switch.clone(), other.clone());
+    assert_eq!(
+        readied(pair(), || switch.set(Some(9))),
+        told(Some(9), "switch"),
+        "asked first"
+    );
+    assert_eq!((switch.counted().len(), other.counted().len()), (1, 0));
+    assert_eq!(readied(pair(), || switch.set(None)), told(Some(5), "other"));
+    assert_eq!((switch.counted().len(), other.counted().len()), (0, 1));
     assert_eq!(limiter.status().rejected_requests, 0);
 }
 
