@@ -661,6 +661,26 @@ fn a_service_readied_as_refused_tells_what_it_was_refused_for_once_that_is_over(
     assert_eq!(other.call(2).now_or_never().unwrap().unwrap(), 2);
 }
 
+#[test]
+fn a_service_that_is_refused_for_another_reason_when_it_is_asked_again_tells_the_last() {
+    let clock = Clock::manual();
+    let (breaker, world) = (open(&clock), Arc::new(World::default()));
+    let layer = CircuitBreakerLayer::new(breaker.clone());
+    let (mut prober, mut other) = (layer.layer(echo(&world)), layer.layer(echo(&world)));
+    assert!(poll_ready(&mut other).is_ready(), "to be rejected by an open circuit");
+    clock.advance(OPEN);
+    assert!(poll_ready(&mut prober).is_ready());
+    assert!(poll_ready(&mut other).is_ready(), "by one that has no probe left");
+    drop(prober);
+    let why = rejection(other.call(1).now_or_never().unwrap());
+    assert_eq!(
+        (why.reason, why.retry_after),
+        (Reason::HalfOpenFull, Some(Duration::ZERO))
+    );
+    let rejected = breaker.status().metrics.rejected;
+    assert_eq!((rejected.half_open_full, rejected.open), (1, 0));
+}
+
 /// Short and long: a long one is kept elsewhere.
 const NAMES: [&str; 2] = ["search", "the search of the whole catalogue"];
 
@@ -727,8 +747,12 @@ fn a_layer_rejects_as_the_limiter_itself_does_counts_it_once_and_tells_it() {
         let all = u32::try_from(limiter.quota().remaining).unwrap();
         limiter.try_acquire_n(all).unwrap();
         let mut guard = RateLimitLayer::new(limiter.clone()).layer(echo(&world));
-        for step in 0..40_u64 {
-            clock.advance(Duration::from_nanos(step * step * step));
+        for step in 0..43_u64 {
+            match step {
+                // In the end it falls behind all that it has shown, and behind the limiter's beginning.
+                40.. => clock.rewind(Duration::from_nanos(step * step * step * 4)),
+                _ => clock.advance(Duration::from_nanos(step * step * step)),
+            }
             let Err(own) = limiter.try_acquire() else {
                 continue;
             };
