@@ -478,7 +478,28 @@ fn a_refusal_at_a_glance_is_told_as_it_is_at_the_call_and_counted_once_wherever_
     assert_eq!((switch.counted().len(), other.counted().len()), (1, 0));
     assert_eq!(readied(pair(), || switch.set(None)), told(Some(5), "other"));
     assert_eq!((switch.counted().len(), other.counted().len()), (0, 1));
+    let (wait, who) = readied(pair(), || other.set(None));
+    assert!(wait.is_none_or(|wait| wait.is_zero()));
+    assert_eq!(who, "other", "it is the one that refused");
+    assert_eq!((switch.counted().len(), other.counted().len()), (0, 1));
     assert_eq!(limiter.status().rejected_requests, 0);
+}
+
+#[test]
+fn a_service_that_is_refused_by_another_when_it_is_asked_again_is_rejected_by_that() {
+    let (switch, closing) = (Switch::new("switch"), Closing::default());
+    let mut service = GuardLayer::new((switch.clone(), closing.clone())).layer(echo());
+    let mut context = Context::from_waker(Waker::noop());
+    switch.set(Some(10));
+    assert_ready_ok!(service.poll_ready(&mut context));
+    switch.set(None);
+    closing.0.store(true, Ordering::Relaxed);
+    assert_ready_ok!(service.poll_ready(&mut context));
+    closing.0.store(false, Ordering::Relaxed);
+    let error = service.call(2).now_or_never().unwrap().unwrap_err();
+    let why = Rejected::find(&*error).unwrap();
+    assert_eq!((why.service.as_str(), why.retry_after), ("shop", Some(Duration::ZERO)));
+    assert!(switch.counted().is_empty());
 }
 
 /// Not ready until a door is opened; wakes who waits for it.
