@@ -235,6 +235,28 @@ fn waits_and_times_beyond_all_measure_are_told_on_every_thread() {
     assert_eq!(crew.drain(&limiter), 0);
 }
 
+#[test]
+fn everything_is_there_again_one_window_after_the_latest_admission_whoever_made_it() {
+    let crew = Crew::new();
+    for quota in QUOTAS {
+        let (clock, limiter) = limiter(SlidingWindow::new(quota, MINUTE));
+        let mut permits = Vec::new();
+        for call in 0..quota.min(20) {
+            permits.push(crew.take(call as usize, &limiter, 1).unwrap());
+            assert_eq!(limiter.quota().reset, MINUTE);
+            clock.advance(SECOND);
+            assert_eq!(limiter.quota().reset, MINUTE - SECOND);
+        }
+        // Given back, latest first, they leave those before them.
+        for (ago, permit) in (1..).zip(permits.into_iter().rev()) {
+            assert_eq!(limiter.quota().reset, MINUTE - ago * SECOND);
+            crew.on(ago as usize, move || permit.unused());
+        }
+        assert_eq!(limiter.quota().reset, Duration::ZERO);
+        assert_eq!(crew.drain(&limiter), quota);
+    }
+}
+
 // ---- against a list of admissions ----
 
 /// Numbers that look random, by Steele, Lea and Flood (2014).
