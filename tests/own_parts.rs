@@ -502,6 +502,41 @@ fn a_service_that_is_refused_by_another_when_it_is_asked_again_is_rejected_by_th
     assert!(switch.counted().is_empty());
 }
 
+#[test]
+fn a_true_cost_that_a_classifier_tells_is_charged_alone_and_in_a_pair() {
+    let bucket = || {
+        RateLimiter::builder("search", TokenBucket::new(10, Duration::from_secs(60)))
+            .clock(Clock::manual())
+            .build()
+            .unwrap()
+    };
+    let judge = |result: &Result<u32, std::io::Error>| match result {
+        Ok(cost) => Verdict::new(Outcome::Success).cost(*cost),
+        Err(_) => Outcome::Failure.into(),
+    };
+    let limiter = bucket();
+    let mut service = RateLimitLayer::new(limiter.clone()).classify(judge).layer(echo());
+    for (cost, left) in [(4, 6.0), (1, 5.0), (0, 5.0)] {
+        assert_eq!((&mut service).oneshot(cost).now_or_never().unwrap().unwrap(), cost);
+        assert_eq!(limiter.status().available_tokens, left);
+    }
+    let breaker = CircuitBreaker::builder("search").build().unwrap();
+    for breaker_first in [false, true] {
+        let limiter = bucket();
+        let (pair, turned) = ((limiter.clone(), breaker.clone()), (breaker.clone(), limiter.clone()));
+        let answer = if breaker_first {
+            let service = GuardLayer::new(turned).classify(judge).layer(echo());
+            service.oneshot(4).now_or_never()
+        } else {
+            let service = GuardLayer::new(pair).classify(judge).layer(echo());
+            service.oneshot(4).now_or_never()
+        };
+        assert_eq!(answer.unwrap().unwrap(), 4);
+        assert_eq!(limiter.status().available_tokens, 6.0);
+    }
+    assert_eq!(breaker.status().metrics.successful_requests, 2);
+}
+
 /// Not ready until a door is opened; wakes who waits for it.
 #[derive(Clone, Default)]
 struct Door(Arc<Mutex<(bool, Vec<Waker>)>>);

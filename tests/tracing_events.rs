@@ -1,13 +1,17 @@
 //! Every event as a `tracing` event: its level, its target, its fields.
 #![cfg(feature = "tracing")]
 
-use portcullis::{Adaptive, CircuitBreaker, CircuitBreakerConfig, Clock, Outcome, RateLimiter};
+use futures_util::FutureExt;
+use portcullis::{
+    Adaptive, CircuitBreaker, CircuitBreakerConfig, Clock, GuardLayer, Outcome, RateLimiter, TokenBucket,
+};
 use std::{
     collections::BTreeMap,
     fmt,
     sync::{Arc, Mutex, OnceLock},
     time::Duration,
 };
+use tower::{Layer as _, ServiceExt, service_fn};
 use tracing::{
     Level, Subscriber,
     field::{Field, Visit},
@@ -190,4 +194,45 @@ fn listeners_hear_beside_the_tracing_subscriber() {
         breaker.reset();
     });
     assert_eq!((lines.len(), *heard.lock().unwrap()), (1, 1));
+}
+
+#[test]
+fn what_a_layer_rejects_is_told_once() {
+    let service = "layer";
+    let clock = Clock::manual();
+    let told = told_of(service, || {
+        let limiter = RateLimiter::builder(service, TokenBucket::new(1, MINUTE))
+            .clock(&clock)
+            .build()
+            .unwrap();
+        let breaker = CircuitBreaker::builder(service)
+            .failure_threshold(1)
+            .recovery_timeout(MINUTE / 2)
+            .clock(&clock)
+            .build()
+            .unwrap();
+        let inner = service_fn(async |_: ()| Err::<(), _>(std::io::Error::other("down")));
+        let mut limited = GuardLayer::new(limiter).layer(inner);
+        let mut broken = GuardLayer::new(breaker).layer(inner);
+        for _ in 0..2 {
+            assert!((&mut limited).oneshot(()).now_or_never().unwrap().is_err());
+            assert!((&mut broken).oneshot(()).now_or_never().unwrap().is_err());
+        }
+    });
+    let rejected = told.iter().filter(|(_, fields)| fields["message"] == "rejected");
+    let expected = [
+        line(
+            Level::DEBUG,
+            "rejected",
+            service,
+            &[("limit", "default"), ("reason", "over_limit"), ("retry_after", "60.0")],
+        ),
+        line(
+            Level::DEBUG,
+            "rejected",
+            service,
+            &[("reason", "open"), ("retry_after", "30.0")],
+        ),
+    ];
+    assert_eq!(rejected.cloned().collect::<Vec<_>>(), expected);
 }
