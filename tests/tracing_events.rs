@@ -211,11 +211,11 @@ fn what_a_layer_rejects_is_told_once() {
             .clock(&clock)
             .build()
             .unwrap();
-        let inner = service_fn(async |_: ()| Err::<(), _>(std::io::Error::other("down")));
-        let mut limited = GuardLayer::new(limiter).layer(inner);
+        let inner = service_fn(async |(): ()| Err::<(), _>(std::io::Error::other("down")));
+        let mut throttled = GuardLayer::new(limiter).layer(inner);
         let mut broken = GuardLayer::new(breaker).layer(inner);
         for _ in 0..2 {
-            assert!((&mut limited).oneshot(()).now_or_never().unwrap().is_err());
+            assert!((&mut throttled).oneshot(()).now_or_never().unwrap().is_err());
             assert!((&mut broken).oneshot(()).now_or_never().unwrap().is_err());
         }
     });
