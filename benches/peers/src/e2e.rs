@@ -40,6 +40,8 @@ const OURS_ACCEPTING: &str = "accepting: portcullis, limiter + breaker";
 const OURS_REFUSING: &str = "refusing: portcullis, limiter";
 const GOVERNOR_ACCEPTING: &str = "accepting: tower_governor";
 const GOVERNOR_REFUSING: &str = "refusing: tower_governor";
+/// It tells its quota in header fields, as ours does.
+const GOVERNOR_TELLING: &str = "accepting: tower_governor, with headers";
 const RESILIENCE_ACCEPTING: &str = "accepting: tower-resilience, limiter + breaker";
 
 type Check = Box<dyn Fn(&Load) -> Result<(), String>>;
@@ -143,6 +145,8 @@ async fn servers(only: &str) -> Result<Vec<Server>, Box<dyn std::error::Error>> 
     }
     let generous = peers::tower_governor_layer(Duration::from_nanos(1), 1_000_000_000);
     add(GOVERNOR_ACCEPTING, hello().layer(generous), none());
+    let telling = peers::tower_governor_layer_with_headers(Duration::from_nanos(1), 1_000_000_000);
+    add(GOVERNOR_TELLING, hello().layer(telling), none());
     let (app, check) = tower_resilience(hello());
     add(RESILIENCE_ACCEPTING, app, check);
 
@@ -355,7 +359,7 @@ fn row(server: &Server, servers: &[Server]) -> serde_json::Value {
 fn goals(servers: &[Server]) -> Vec<Goal> {
     [
         (0.95, PLAIN, OURS_ACCEPTING),
-        (1.0, GOVERNOR_ACCEPTING, OURS_ACCEPTING),
+        (1.0, GOVERNOR_TELLING, OURS_ACCEPTING),
         (1.0, RESILIENCE_ACCEPTING, OURS_ACCEPTING),
         (0.9, HANDLER, OURS_REFUSING),
         (1.0, GOVERNOR_REFUSING, OURS_REFUSING),

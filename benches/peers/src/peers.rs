@@ -282,7 +282,7 @@ fn circuitbreaker_rs(breaker: &CircuitBreakerRs, state: circuitbreaker_rs::State
 fn tower_resilience(config: CircuitBreakerConfigBuilder<DefaultClassifier>, state: CircuitState) -> Candidate {
     let (layer, handle) = shared(config);
     if state == CircuitState::Open {
-        settle(pin!(handle.force_open()), |_| ());
+        settle(pin!(handle.force_open()), |()| ());
     }
     Candidate::service(layer).check(move |_| same("state", &handle.state(), &state))
 }
@@ -345,6 +345,21 @@ pub(crate) fn tower_governor_layer(
         .key_extractor(GlobalKeyExtractor)
         .period(period)
         .burst_size(burst)
+        .finish()
+        .expect("not zero");
+    GovernorLayer::new(config)
+}
+
+/// The same, which tells the quota in header fields.
+pub(crate) fn tower_governor_layer_with_headers(
+    period: Duration,
+    burst: u32,
+) -> GovernorLayer<GlobalKeyExtractor, governor::middleware::StateInformationMiddleware, axum::body::Body> {
+    let config = GovernorConfigBuilder::default()
+        .key_extractor(GlobalKeyExtractor)
+        .period(period)
+        .burst_size(burst)
+        .use_headers()
         .finish()
         .expect("not zero");
     GovernorLayer::new(config)
