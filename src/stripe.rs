@@ -428,15 +428,16 @@ pub(crate) struct Striped<T: Homed> {
 }
 
 struct Root<T: Homed> {
-    /// The number of the seat, if there is one.
-    number: Option<u8>,
+    is_seated: bool,
+    /// The number of the seat, if there is one. Apart from whether there is: who looks for it knows that.
+    number: u8,
     state: Arc<T>,
 }
 
 impl<T: Homed> Drop for Root<T> {
     fn drop(&mut self) {
-        if let Some(number) = self.number {
-            Seat::numbered(number).leave();
+        if self.is_seated {
+            Seat::numbered(self.number).leave();
         }
     }
 }
@@ -449,7 +450,7 @@ impl<T: Homed> Striped<T> {
         };
         let seat = Seat::numbered(number);
         let mut root = Self::with(make, Home(HomeKind::Seat(number)));
-        root.number = Some(number);
+        (root.is_seated, root.number) = (true, number);
         *lock(&seat.state) = Some(root.state.clone());
         Self {
             seat: Some(seat),
@@ -472,7 +473,8 @@ impl<T: Homed> Striped<T> {
 
     fn with(make: impl FnOnce(Home) -> T, home: Home) -> Root<T> {
         Root {
-            number: None,
+            is_seated: false,
+            number: 0,
             state: Arc::new(make(home)),
         }
     }
@@ -507,7 +509,7 @@ impl<T: Homed> Striped<T> {
         match self.seat {
             Some(seat) => {
                 seat.add(counter, 1);
-                Share::Sitting(Sitting(self.root.number.unwrap_or_default()))
+                Share::Sitting(Sitting(self.root.number))
             }
             None => self.count_and_stand(counter),
         }
