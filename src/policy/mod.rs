@@ -229,7 +229,7 @@ pub trait Gate {
     /// Mostly a rejection that may be tried again at once: with a `retry_after` of zero.
     fn lapsed(&self, reason: Reason) -> Rejected {
         let _ = reason;
-        unimplemented!("a policy that refuses at a glance tells what has lapsed")
+        unreachable!("asked only of a policy that refuses at a glance, which tells what has lapsed")
     }
 
     /// Counts a rejection that [`reserve`](Self::reserve) or [`Policy::refusal`] gave, if it is of this policy. Default: it
