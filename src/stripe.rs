@@ -18,12 +18,12 @@
 //! # How a seat becomes free
 //!
 //! Every line counts the shares that were begun there and those that were ended there; a share may end on another thread than
-//! it began on. Some of the state's own counters count that along: a call that is admitted begins a share, and its outcome ends it. When the last handle is gone nothing can begin any more, so once the sums are equal nobody refers to the
-//! seat. Whoever drops the last handle marks the seat as *closing* and looks at the sums; whoever ends a share looks for that mark,
-//! and then at the sums. The end of a share is a `Release` store and the sums are read with `Acquire`: what was done
-//! with a share happened before the seat is cleared. A share that ends in the very moment in which the last handle goes may
-//! miss the mark while the other misses its end (neither pays for a fence); then the seat is cleared with the next one that is
-//! taken or left.
+//! it began on. Some of the state's own counters count that along: a call that is admitted begins a share, and its outcome ends it.
+//! When the last handle is gone only who has a share can begin another, so once the sums are equal nobody refers to the seat.
+//! Whoever drops the last handle marks the seat as *closing* and looks at the sums; whoever ends a share looks for that mark, and
+//! then at the sums. The end of a share is a `Release` store and the sums are read with `Acquire`: what was done with a share
+//! happened before the seat is cleared. A share that ends in the very moment in which the last handle goes may miss the mark while
+//! the other misses its end (neither pays for a fence); then the seat is cleared with the next one that is taken or left.
 //!
 //! # What pairs with what
 //!
@@ -32,8 +32,10 @@
 //! - A count: only the owner of a line stores there, by a load and a store, or many by an addition; both with Release, sums
 //!   are read with Acquire. So who sees the end of a share sees the counts of it, and clears them too.
 //! - The mark: stored by who drops the last handle, who has seen (by the handle's `Arc`) that every share was begun; loaded with
-//!   Acquire. So who sees the mark misses no beginning.
-//! - Clearing is done under the lock of the seat, where the mark is looked at again. Of two who end the last shares at once, the
+//!   Acquire. So who sees the mark misses no beginning by a handle. One by a share comes before the end of that share: ends are
+//!   summed up first, so who sees that end sees the beginning, too.
+//! - Clearing is done under the lock of the seat (and in it, for a moment, that of what is kept; nobody takes them the other way
+//!   round), where the mark is looked at again. Of two who end the last shares at once, the
 //!   later one to lock sees the end of both. What is cleared is handed to the next state by the lock of the taken seats, and to
 //!   its threads as the state is.
 
