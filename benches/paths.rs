@@ -150,7 +150,62 @@ fn paths() -> Vec<Row> {
             through(RateLimitLayer::new(limiter.by(|key: &u32| Some(*key))))
         }),
         ("pair", true, || through(GuardLayer::new((plenty(), breaker(|it| it))))),
+        #[cfg(feature = "http")]
+        ("http-nothing", true, || {
+            http::served(tower::layer::util::Identity::new())
+        }),
+        #[cfg(feature = "http")]
+        ("http-pair", true, || {
+            http::served(GuardLayer::http((plenty(), breaker(|it| it))))
+        }),
     ]
+}
+
+#[cfg(feature = "http")]
+mod http {
+    use super::{Path, black_box};
+    use axum::{
+        BoxError,
+        body::{Body, Bytes, HttpBody},
+        http::{Request, Response},
+        response::IntoResponse,
+    };
+    use std::{
+        convert::Infallible,
+        future::{Future, Ready, ready},
+        pin::{Pin, pin},
+        task::{Context, Poll, Waker},
+    };
+    use tower::{Layer, Service, service_fn};
+
+    type Inner = fn(Request<Body>) -> Ready<Result<Response<Body>, Infallible>>;
+
+    fn hello(_: Request<Body>) -> Ready<Result<Response<Body>, Infallible>> {
+        ready(Ok("hello".into_response()))
+    }
+
+    /// What axum does for each request: the service is cloned, and its answer's body is boxed and read to its end.
+    pub(crate) fn served<L, B>(layer: L) -> Path
+    where
+        L: Layer<tower::util::ServiceFn<Inner>>,
+        L::Service: Service<Request<Body>, Response = Response<B>> + Clone + 'static,
+        B: HttpBody<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        let service = layer.layer(service_fn(hello as Inner));
+        Box::new(move || {
+            let mut cx = Context::from_waker(Waker::noop());
+            let mut service = service.clone();
+            let _ = black_box(service.poll_ready(&mut cx));
+            let request = black_box(Request::new(Body::empty()));
+            let Poll::Ready(Ok(response)) = pin!(service.call(request)).poll(&mut cx) else {
+                return false;
+            };
+            let mut body = response.map(Body::new).into_body();
+            let frame = Pin::new(&mut body).poll_frame(&mut cx);
+            frame.is_ready() && body.is_end_stream()
+        })
+    }
 }
 
 fn main() {

@@ -125,7 +125,8 @@ impl Name {
         }
     }
 
-    fn as_bytes(&self) -> &[u8] {
+    /// The same as bytes, which nobody has to check.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
         match &self.0 {
             Text::Short(Short { len, bytes, .. }) => &bytes[..usize::from(*len)],
             Text::Long(text) => text.as_bytes(),

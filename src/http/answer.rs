@@ -23,7 +23,7 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
 use pin_project_lite::pin_project;
 use std::{
-    fmt::{self, Write},
+    fmt,
     future::Future,
     marker::PhantomData,
     pin::Pin,
@@ -202,7 +202,7 @@ impl AsResponse {
         if let Some(quota) = self.tells().then(|| why.quota()).flatten() {
             text.reserve(RateLimitHeaders::room(&quota));
             self.write_quota(&mut text, &quota, told::wait_seconds(&why));
-            self.headers.add(response.headers_mut(), text.freeze());
+            self.headers.add(response.headers_mut(), text);
         }
         response.extensions_mut().insert(why);
         response
@@ -212,7 +212,7 @@ impl AsResponse {
         self.headers != RateLimitHeaders::Off
     }
 
-    fn write_quota(self, text: &mut impl Write, quota: &Quota, reset: Option<u64>) {
+    fn write_quota(self, text: &mut BytesMut, quota: &Quota, reset: Option<u64>) {
         let unix_now = match self.headers {
             RateLimitHeaders::XRateLimitEpoch => since_1970(),
             _ => Duration::ZERO,
@@ -223,8 +223,7 @@ impl AsResponse {
 
 /// A number as a header value, in the buffer.
 fn number(text: &mut BytesMut, number: u64) -> HeaderValue {
-    // Writing to memory cannot fail.
-    let _ = decimal(text, number);
+    decimal(text, number);
     HeaderValue::from_maybe_shared(text.split().freeze()).expect("digits")
 }
 
@@ -265,7 +264,7 @@ impl<Req, Raw, B, Err> Reject<Request<Req>, Raw, Response<B>, Err> for AsRespons
 
     fn pass(Passing { answer, told }: Passing, result: Result<Response<B>, Err>) -> Result<Self::Response, Err> {
         let mut response = result?.map(AnswerBody::inner);
-        answer.headers.add(response.headers_mut(), told.into());
+        answer.headers.add(response.headers_mut(), told);
         Ok(response)
     }
 
@@ -279,12 +278,12 @@ impl<Req, Raw, B, Err> Reject<Request<Req>, Raw, Response<B>, Err> for AsRespons
 pub struct Passing {
     answer: AsResponse,
     /// The quotas, as text.
-    told: String,
+    told: BytesMut,
 }
 
 impl From<AsResponse> for Passing {
     fn from(answer: AsResponse) -> Self {
-        let told = String::new();
+        let told = BytesMut::new();
         Self { answer, told }
     }
 }

@@ -1,14 +1,9 @@
 //! The header fields that tell a client its quota. The only place that knows how they are written; it reads no clock.
 
 use crate::quota::{Quota, whole_seconds};
-use bytes::{Buf, Bytes};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
-use std::{
-    cmp::Reverse,
-    fmt::{self, Write},
-    iter,
-    time::Duration,
-};
+use std::{cmp::Reverse, iter, time::Duration};
 
 /// How answers tell clients what their limits admit and what is left: on admitted and on rejected calls alike.
 ///
@@ -77,42 +72,49 @@ const MOST: u64 = 999_999_999_999_999;
 impl RateLimitHeaders {
     /// How much room a quota takes as text, unless its name is full of what has to be escaped.
     pub(super) fn room(quota: &Quota) -> usize {
-        // Draft 11 has the name twice and at most 78 bytes more, of numbers and what stands between them; draft 7 has 106.
-        2 * quota.limit.len() + 106
+        // Draft 11 has the name twice and at most 76 bytes more, of numbers and what stands between them; draft 7 has 104. The
+        // lengths of up to four values take two bytes each.
+        2 * quota.limit.as_bytes().len() + 112
     }
 
-    /// Writes the values of the header fields, a line each. `reset` is in seconds, `None` if no time can be told: then draft 11
-    /// leaves it out, and the other forms, which must have one, say the whole window. `unix_now` is read by
+    /// Writes the values of the header fields, each behind its length. `reset` is in seconds, `None` if no time can be told: then
+    /// draft 11 leaves it out, and the other forms, which must have one, say the whole window. `unix_now` is read by
     /// [`XRateLimitEpoch`](Self::XRateLimitEpoch) alone.
-    pub(super) fn write(self, text: &mut impl Write, quota: &Quota, reset: Option<u64>, unix_now: Duration) {
+    pub(super) fn write(self, text: &mut BytesMut, quota: &Quota, reset: Option<u64>, unix_now: Duration) {
         let window = whole_seconds(quota.window).as_secs().clamp(1, MOST);
         let told = reset.map(|seconds| seconds.min(MOST));
         let limit = quota.quota.min(MOST);
         let remaining = quota.remaining.min(MOST);
         let reset = told.unwrap_or(window);
-        // Writing to memory cannot fail.
-        let _ = match self {
-            Self::Draft11 => draft_11(text, &quota.limit, [limit, window, remaining], told),
-            Self::Draft7 => writeln!(
-                text,
-                "{limit};w={window}\nlimit={limit}, remaining={remaining}, reset={reset}"
-            ),
-            Self::Draft6 => writeln!(text, "{limit};w={window}\n{limit}\n{remaining}\n{reset}"),
+        match self {
+            Self::Draft11 => draft_11(text, quota.limit.as_bytes(), [limit, window, remaining], told),
+            Self::Draft7 => {
+                policy(text, limit, window);
+                value(text, |text| {
+                    numbers(
+                        text,
+                        [("limit=", limit), (", remaining=", remaining), (", reset=", reset)],
+                    );
+                });
+            }
+            Self::Draft6 => {
+                policy(text, limit, window);
+                each(text, [limit, remaining, reset]);
+            }
             Self::XRateLimitEpoch => {
                 // Rounded up as the wait is: else the sum might be too early.
                 let now = whole_seconds(unix_now).as_secs();
-                let reset = now.saturating_add(reset).min(MOST);
-                writeln!(text, "{limit}\n{remaining}\n{reset}")
+                each(text, [limit, remaining, now.saturating_add(reset).min(MOST)]);
             }
-            Self::XRateLimitDelta => writeln!(text, "{limit}\n{remaining}\n{reset}"),
-            Self::Off => Ok(()),
-        };
+            Self::XRateLimitDelta => each(text, [limit, remaining, reset]),
+            Self::Off => {}
+        }
     }
 
     /// Adds what was written, of any number of quotas, to the headers. The values share the text's buffer.
-    pub(super) fn add(self, headers: &mut HeaderMap, text: Bytes) {
-        let mut lines = lines(text);
-        while self.add_one(headers, || lines.next()).is_some() {}
+    pub(super) fn add(self, headers: &mut HeaderMap, text: BytesMut) {
+        let mut values = values(text.freeze());
+        while self.add_one(headers, || values.next()).is_some() {}
     }
 
     /// Adds the next quota; `None` if there is none.
@@ -139,50 +141,69 @@ impl RateLimitHeaders {
     }
 }
 
-fn draft_11(
-    text: &mut impl Write,
-    name: &str,
-    [limit, window, remaining]: [u64; 3],
-    reset: Option<u64>,
-) -> fmt::Result {
-    let number = |text: &mut _, before, number| {
-        Write::write_str(text, before)?;
-        decimal(text, number)
-    };
-    sf_string(text, name)?;
-    number(text, ";q=", limit)?;
-    number(text, ";w=", window)?;
-    text.write_char('\n')?;
-    sf_string(text, name)?;
-    number(text, ";r=", remaining)?;
-    if let Some(reset) = reset {
-        number(text, ";t=", reset)?;
+fn draft_11(text: &mut BytesMut, name: &[u8], [limit, window, remaining]: [u64; 3], reset: Option<u64>) {
+    value(text, |text| {
+        sf_string(text, name);
+        numbers(text, [(";q=", limit), (";w=", window)]);
+    });
+    value(text, |text| {
+        sf_string(text, name);
+        numbers(text, [(";r=", remaining)]);
+        numbers(text, reset.map(|reset| (";t=", reset)));
+    });
+}
+
+/// The list of policies as drafts 6 and 7 have it.
+fn policy(text: &mut BytesMut, limit: u64, window: u64) {
+    value(text, |text| numbers(text, [("", limit), (";w=", window)]));
+}
+
+/// Values that are a number each.
+fn each(text: &mut BytesMut, values: [u64; 3]) {
+    for number in values {
+        value(text, |text| decimal(text, number));
     }
-    text.write_char('\n')
+}
+
+/// Numbers, each behind what introduces it.
+fn numbers<'a>(text: &mut BytesMut, numbers: impl IntoIterator<Item = (&'a str, u64)>) {
+    for (before, number) in numbers {
+        text.put_slice(before.as_bytes());
+        decimal(text, number);
+    }
 }
 
 /// A number in digits, without the detours of a format string: every admitted call writes some.
-pub(super) fn decimal(text: &mut impl Write, mut number: u64) -> fmt::Result {
-    let mut digits = ['0'; 20];
+pub(super) fn decimal(text: &mut BytesMut, mut number: u64) {
+    let mut digits = [0; 20];
     let mut first = digits.len();
     loop {
         first -= 1;
-        digits[first] = char::from(b'0' + (number % 10) as u8);
+        digits[first] = b'0' + (number % 10) as u8;
         number /= 10;
         if number == 0 {
             break;
         }
     }
-    digits[first..].iter().try_for_each(|digit| text.write_char(*digit))
+    text.put_slice(&digits[first..]);
 }
 
-/// The lines of a text, which is printable ASCII.
-fn lines(mut text: Bytes) -> impl Iterator<Item = HeaderValue> {
-    std::iter::from_fn(move || {
-        let end = text.iter().position(|byte| *byte == b'\n')?;
-        let line = text.split_to(end);
-        text.advance(1);
-        HeaderValue::from_maybe_shared(line).ok()
+/// Writes a value behind its length.
+fn value(text: &mut BytesMut, write: impl FnOnce(&mut BytesMut)) {
+    let start = text.len();
+    text.put_u16(0);
+    write(text);
+    let length = u16::try_from(text.len() - start - LENGTH).expect("a name of at most 255 bytes and three numbers");
+    text[start..start + LENGTH].copy_from_slice(&length.to_be_bytes());
+}
+
+const LENGTH: usize = size_of::<u16>();
+
+/// What was written by [`value`], which is printable ASCII.
+fn values(mut text: Bytes) -> impl Iterator<Item = HeaderValue> {
+    iter::from_fn(move || {
+        let length = text.has_remaining().then(|| text.get_u16())?;
+        HeaderValue::from_maybe_shared(text.split_to(length.into())).ok()
     })
 }
 
@@ -226,21 +247,27 @@ fn stands(theirs: [Option<u64>; 2], ours: [Option<u64>; 2]) -> bool {
 }
 
 /// A string of RFC 9651: printable ASCII in quotes.
-fn sf_string(text: &mut impl Write, string: &str) -> fmt::Result {
-    let is_plain = |byte| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
-    text.write_char('"')?;
-    if string.bytes().all(is_plain) {
-        text.write_str(string)?;
+fn sf_string(text: &mut BytesMut, string: &[u8]) {
+    let is_plain = |byte: &u8| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
+    text.put_slice(b"\"");
+    if string.iter().all(is_plain) {
+        text.put_slice(string);
     } else {
-        for byte in string.bytes() {
+        for byte in string {
             match byte {
-                b'"' | b'\\' => write!(text, "\\{}", char::from(byte))?,
-                b' '..=b'~' => text.write_char(char::from(byte))?,
-                _ => write!(text, "%{byte:02X}")?,
+                b'"' | b'\\' => text.put_slice(&[b'\\', *byte]),
+                b' '..=b'~' => text.put_slice(&[*byte]),
+                _ => text.put_slice(&escaped(*byte)),
             }
         }
     }
-    text.write_char('"')
+    text.put_slice(b"\"");
+}
+
+/// A byte percent-encoded.
+fn escaped(byte: u8) -> [u8; 3] {
+    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
+    [b'%', DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]
 }
 
 /// A response with so many headers that there is no room goes out without this one.
@@ -270,9 +297,9 @@ mod tests {
     #[test]
     fn an_epoch_reset_is_the_time_of_day_plus_the_wait() {
         let write = |headers: &mut HeaderMap, quota: &Quota, reset, unix_now| {
-            let mut text = String::new();
+            let mut text = BytesMut::new();
             RateLimitHeaders::XRateLimitEpoch.write(&mut text, quota, reset, unix_now);
-            RateLimitHeaders::XRateLimitEpoch.add(headers, text.into());
+            RateLimitHeaders::XRateLimitEpoch.add(headers, text);
         };
         let mut headers = HeaderMap::new();
         let new_year = Duration::from_secs(1_767_225_600);
