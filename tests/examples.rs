@@ -35,10 +35,14 @@ fn build() -> HashMap<String, PathBuf> {
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
+    // Each that is on, not only what the examples ask for: the crate is then compiled already.
     for (on, feature) in [
         (cfg!(feature = "axum"), "axum"),
-        (cfg!(feature = "tracing"), "tracing"),
         (cfg!(feature = "fast-clock"), "fast-clock"),
+        (cfg!(feature = "retry"), "retry"),
+        (cfg!(feature = "tonic"), "tonic"),
+        (cfg!(feature = "tower-http"), "tower-http"),
+        (cfg!(feature = "tracing"), "tracing"),
     ] {
         if on {
             cargo.args(["--features", feature]);
