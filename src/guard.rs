@@ -60,6 +60,7 @@ use tower_service::Service;
 /// layers outside the guard. And callers who already wait for the inner service to become ready are not woken by a circuit that
 /// opens: they are rejected when the inner service wakes them.
 #[derive(Debug, Clone)]
+#[must_use = "a layer guards nothing until it is put around a service"]
 pub struct GuardLayer<P, C = ErrorsAreFailures, R = AsError> {
     policy: P,
     classify: C,
@@ -104,7 +105,7 @@ pub type CircuitBreakerLayer<C = ErrorsAreFailures, R = AsError, P = CircuitBrea
 /// ```
 pub type RateLimitLayer<C = ErrorsAreFailures, R = AsError, P = RateLimiter> = GuardLayer<P, C, R>;
 
-impl<P> GuardLayer<P> {
+impl<P: Gate> GuardLayer<P> {
     /// A layer with this policy, in which errors are failures and rejections are errors.
     pub fn new(policy: P) -> Self {
         Self {
@@ -312,6 +313,7 @@ impl<S, P: Gate + Clone, C: Clone, R: Clone> Layer<S> for GuardLayer<P, C, R> {
 /// let guard = CircuitBreakerLayer::new(breaker.clone()).layer(inner);
 /// # Ok::<(), portcullis::ConfigError>(())
 /// ```
+#[must_use = "a service does nothing until it is called"]
 pub struct Guard<S, P: Gate, C = ErrorsAreFailures, R = AsError> {
     inner: S,
     ready: Ready<P::Reserved>,
@@ -677,6 +679,7 @@ type Seen<S, C, Req> = <C as Classify<Req, <S as Service<Req>>::Response, <S as 
 
 pin_project! {
     /// The future of a guarded call. It owns the permit: dropped, the call was cancelled.
+    #[must_use = "a call does nothing unless it is polled"]
     pub struct ResponseFuture<S, Req, P, C, R>
     where
         S: Service<Req>,

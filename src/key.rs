@@ -31,6 +31,10 @@ use std::hash::{Hash, Hasher};
 /// assert!(by_customer.hash_key(&Order { customer: Some(7) }, &mut DefaultHasher::new()));
 /// assert!(!by_customer.hash_key(&Order { customer: None }, &mut DefaultHasher::new()), "there is no key");
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` finds no key in `{Req}`",
+    note = "a key is a closure `|request: &{Req}| -> Option<K>` over a hashable `K`, a pair of keys, or, of an `http::Request`, one of the module `portcullis::key`"
+)]
 pub trait Key<Req> {
     /// Writes the key into the hasher; `false` if the request has none.
     fn hash_key<H: Hasher>(&self, request: &Req, hasher: &mut H) -> bool;

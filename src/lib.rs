@@ -41,6 +41,9 @@ mod stripe;
 mod subscribe;
 mod sync;
 
+#[cfg(doctest)]
+mod misuse;
+
 #[doc(inline)]
 pub use crate::{
     breaker::{

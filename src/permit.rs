@@ -57,6 +57,7 @@ impl Outcome {
     /// });
     /// # Ok::<(), portcullis::ConfigError>(())
     /// ```
+    #[must_use]
     #[inline]
     pub fn of<T, E: 'static>(result: &Result<T, E>) -> Self {
         match result {
@@ -137,6 +138,10 @@ impl From<Outcome> for Verdict {
 /// Leave to make one call. Every permit ends in exactly one of three ways; dropping it is the second.
 ///
 /// `()` is a permit with nothing to settle, `Option` one that may be absent, and a pair of permits is one.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no permit",
+    note = "`()` is one with nothing to settle; `Option` of a permit and a pair of permits are permits"
+)]
 pub trait Permit: Sized {
     /// The call ended, and this is how.
     fn settle(self, verdict: Verdict, now: &Reading);

@@ -74,6 +74,11 @@ use tower_service::Service;
 /// assert_eq!(service.oneshot(41).await?, None);
 /// # Ok(()) }
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot answer a rejected `{Req}`",
+    note = "by default a rejection is a `BoxError`, which the inner service's `{Err}` must turn into",
+    note = "`.respond()`, `::http(…)` and `::grpc(…)` answer an `http::Request` with an `http::Response` whose body is an `http_body::Body`; a fallback must answer the same request with the same response"
+)]
 pub trait Reject<Req, Raw, Res, Err> {
     /// The response of the guarded service.
     type Response;
@@ -158,6 +163,7 @@ impl<Req, Raw, Res, Err: Into<BoxError>> Reject<Req, Raw, Res, Err> for AsError 
 
 /// The future of a rejection that is an error.
 #[derive(Debug)]
+#[must_use = "a call does nothing unless it is polled"]
 pub struct Refusal<Res> {
     /// Boxed as the error will be: the future of every admitted call has room for it.
     why: Option<Box<Rejected>>,
@@ -225,6 +231,7 @@ where
 
 pin_project! {
     /// The future of a rejection that another service answers.
+    #[must_use = "a call does nothing unless it is polled"]
     pub struct FallbackFuture<F: Service<Req>, Req, Res, Err> {
         #[pin]
         state: FallbackState<F, F::Future, Req>,
@@ -311,6 +318,7 @@ where
 pin_project! {
     /// The future of a rejection that a closure answers.
     #[derive(Debug)]
+    #[must_use = "a call does nothing unless it is polled"]
     pub struct FallbackWithFuture<Fut, Res> {
         #[pin]
         future: Fut,

@@ -411,6 +411,7 @@ pub enum Error<E> {
 
 impl<E> Error<E> {
     /// The rejection, if the call was not made.
+    #[must_use]
     pub fn rejected(&self) -> Option<&Rejected> {
         match self {
             Self::Rejected(rejected) => Some(rejected),

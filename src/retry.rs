@@ -55,6 +55,7 @@ use tower::{
 /// the traffic.
 ///
 /// The request is cloned for each attempt but the last.
+#[must_use = "a policy retries nothing until it is put into a `RetryLayer`"]
 pub struct RetryRejected<B = RateLimiter, C = RejectionsOnly> {
     budget: Arc<B>,
     classifier: C,
@@ -81,14 +82,12 @@ impl<B: Budget> RetryRejected<B> {
 
 impl<B, C> RetryRejected<B, C> {
     /// How often one request may be retried. Default: 3.
-    #[must_use]
     pub fn max_retries(mut self, retries: u32) -> Self {
         self.retries_left = retries;
         self
     }
 
     /// The longest wait before a retry; a rejection that asks for more is passed on at once. Default: 5 s.
-    #[must_use]
     pub fn max_wait(mut self, wait: Duration) -> Self {
         self.max_wait = wait;
         self
@@ -97,14 +96,12 @@ impl<B, C> RetryRejected<B, C> {
     /// The wait before the first retry that [`retry_if`](Self::retry_if) asks for without saying when. Default: 100 ms.
     ///
     /// It doubles from retry to retry up to [`max_wait`](Self::max_wait), less a random share of up to a half.
-    #[must_use]
     pub fn backoff(mut self, first: Duration) -> Self {
         self.backoff = first;
         self
     }
 
     /// Waits by this clock. Default: [`Clock::system`].
-    #[must_use]
     pub fn clock(mut self, clock: impl Into<Clock>) -> Self {
         self.clock = clock.into();
         self
@@ -128,7 +125,6 @@ impl<B, C> RetryRejected<B, C> {
     /// });
     /// # Ok::<(), portcullis::ConfigError>(())
     /// ```
-    #[must_use]
     pub fn retry_if<F, V, Res, E>(self, classify: F) -> RetryRejected<B, RetryIf<F>>
     where
         F: Fn(&Result<Res, E>) -> V + Clone,

@@ -25,6 +25,7 @@ use std::{
 /// assert_eq!(events.lost(), 1);
 /// # Ok(()) }
 /// ```
+#[must_use = "dropping the queue ends the subscription"]
 pub struct Events {
     queue: Arc<Queue>,
 }

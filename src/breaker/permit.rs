@@ -362,6 +362,7 @@ impl fmt::Debug for CircuitBreakerPermit {
 ///
 /// Boxed, because every readied service has room for it, and only those of a half-open circuit have one.
 #[derive(Debug, Default)]
+#[must_use = "a slot that is dropped is given back"]
 pub struct Reservation(Option<Box<CircuitBreakerPermit>>);
 
 impl Reservation {

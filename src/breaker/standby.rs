@@ -101,6 +101,7 @@ impl Drop for Place {
 /// What a service holds that is ready when its circuit admits: a probe's slot if there is one to hold, or a place among those
 /// who wait for it. Dropped, either is given back.
 #[derive(Default)]
+#[must_use = "a slot or a place that is dropped is given back"]
 pub struct Standby {
     reservation: Reservation,
     wait: Option<Wait>,

@@ -126,7 +126,6 @@ impl<P, C> GuardLayer<P, C, AsResponse> {
     /// # Ok::<(), portcullis::ConfigError>(())
     /// ```
     #[cfg_attr(docsrs, doc(cfg(feature = "http")))]
-    #[must_use]
     pub fn headers(self, form: RateLimitHeaders) -> Self {
         self.reject_with(AsResponse::new().headers(form))
     }
@@ -289,6 +288,7 @@ impl From<AsResponse> for Passing {
 }
 
 /// The future of a rejection that is an answer: it is ready at once.
+#[must_use = "a call does nothing unless it is polled"]
 pub struct AnswerFuture<B, Err> {
     answer: Option<Answer>,
     result: PhantomData<fn() -> Result<B, Err>>,

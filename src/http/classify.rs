@@ -11,6 +11,7 @@ use crate::{
     classify::Classify,
     clock::Reading,
     permit::{Outcome, Permit, Verdict},
+    policy::Gate,
     rejected::Rejected,
 };
 use http::{
@@ -485,7 +486,7 @@ impl JudgeEnd for GrpcEnd {
     }
 }
 
-impl<P> GuardLayer<P, HttpClassifier, AsResponse> {
+impl<P: Gate> GuardLayer<P, HttpClassifier, AsResponse> {
     /// A layer for HTTP with this policy: [`HttpClassifier`] judges, [`AsResponse`] answers rejected calls with 429 or 503. The
     /// inner service's error type stays as it is. For servers and clients.
     ///
@@ -505,7 +506,7 @@ impl<P> GuardLayer<P, HttpClassifier, AsResponse> {
     }
 }
 
-impl<P> GuardLayer<P, GrpcClassifier, AsResponse> {
+impl<P: Gate> GuardLayer<P, GrpcClassifier, AsResponse> {
     /// A layer for gRPC with this policy: [`GrpcClassifier`] judges, [`AsResponse`] answers rejected calls with
     /// `RESOURCE_EXHAUSTED` or `UNAVAILABLE`. For servers and clients.
     ///

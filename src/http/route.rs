@@ -46,6 +46,7 @@ use std::{collections::HashMap, fmt, sync::Arc, task::Context};
 ///
 /// A look-up takes time in proportion to the length of the path; it allocates nothing but where a template has parameters that
 /// `matchit` keeps elsewhere than on the stack (more than four), and where a nested route of axum's catches all.
+#[must_use = "a policy guards nothing until it is put into a layer"]
 pub struct PerRoute<P>(Arc<Routes<P>>);
 
 struct Routes<P> {

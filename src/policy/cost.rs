@@ -8,6 +8,10 @@ use crate::{
 use std::{fmt, task::Context};
 
 /// A policy whose calls may cost more than one: a [`RateLimiter`], or one for each key.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot charge `{Req}` a cost",
+    note = "a `RateLimiter` can, and a `KeyedRateLimiter` by a key of that request"
+)]
 pub trait Limiter<Req>: Gate<Reserved = ()> {
     /// Leave to make one call.
     type Permit: Permit;
@@ -47,6 +51,7 @@ impl<Req> Limiter<Req> for RateLimiter {
 /// All or nothing; a cost of zero is free. What the call cost in truth may be settled when it has ended:
 /// [`Verdict::cost`](crate::Verdict::cost).
 #[derive(Clone)]
+#[must_use = "a policy guards nothing until it is put into a layer"]
 pub struct Cost<L, F> {
     pub(super) limiter: L,
     pub(super) cost: F,
@@ -84,7 +89,6 @@ impl RateLimiter {
     /// assert_eq!(limiter.status().accepted_cost, 4);
     /// # Ok(()) }
     /// ```
-    #[must_use]
     pub fn cost<F, Req>(&self, cost: F) -> Cost<Self, F>
     where
         F: Fn(&Req) -> u32,

@@ -2,6 +2,7 @@
 
 /// A set of policies of which each request meets the one of its key.
 #[derive(Debug, Clone)]
+#[must_use = "a policy guards nothing until it is put into a layer"]
 pub struct Keyed<L, X> {
     pub(crate) set: L,
     pub(crate) key: X,
@@ -22,7 +23,6 @@ pub enum Missing {
 
 impl<L, X> Keyed<L, X> {
     /// What becomes of requests without a key. Default: they share one policy.
-    #[must_use]
     pub fn missing(mut self, missing: Missing) -> Self {
         self.missing = missing;
         self

@@ -31,7 +31,6 @@ impl KeyedCircuitBreaker {
     /// assert_eq!(service.oneshot(Order { shop: 8 }).await?, 8);
     /// # Ok(()) }
     /// ```
-    #[must_use]
     pub fn by<X>(&self, key: X) -> Keyed<Self, X> {
         Keyed {
             set: self.clone(),

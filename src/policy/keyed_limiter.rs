@@ -31,7 +31,6 @@ impl KeyedRateLimiter {
     /// service.oneshot(Order { customer: None }).await?;
     /// # Ok(()) }
     /// ```
-    #[must_use]
     pub fn by<X>(&self, key: X) -> Keyed<Self, X> {
         Keyed {
             set: self.clone(),
@@ -65,7 +64,6 @@ impl<X> Keyed<KeyedRateLimiter, X> {
     /// let layer = RateLimitLayer::new(items);
     /// # Ok::<(), portcullis::ConfigError>(())
     /// ```
-    #[must_use]
     pub fn cost<F, Req>(self, cost: F) -> Cost<Self, F>
     where
         F: Fn(&Req) -> u32,

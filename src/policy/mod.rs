@@ -97,6 +97,7 @@ use tower_service::Service;
 
 /// What a policy says in `poll_ready`.
 #[derive(Debug)]
+#[must_use = "what was reserved is given back when it is dropped"]
 pub enum Readiness<R> {
     /// The inner service may be asked whether it is ready.
     Ready(R),
@@ -136,6 +137,12 @@ impl<R> Readiness<R> {
 }
 
 /// The part of a policy that needs no request: what happens in `poll_ready`. See the [module](self) for an example.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no policy",
+    label = "a breaker, a limiter or another policy is wanted here",
+    note = "a `KeyedRateLimiter` or `KeyedCircuitBreaker` becomes one by `.by(key)`; three policies are a pair in a pair: `((a, b), c)`",
+    note = "settings are none: `TokenBucket` and its like go into `RateLimiter::new(name, …)`, a config into `CircuitBreaker::builder(name).config(…)`"
+)]
 pub trait Gate {
     /// What a readied service holds until it is called. Dropped, it is given back.
     type Reserved;
@@ -301,6 +308,7 @@ pub trait Policy<Req>: Gate {
 
 /// A policy's answer to a call.
 #[derive(Debug)]
+#[must_use = "a permit that is dropped ends its call, and a rejection is for the caller"]
 pub enum Admit<P, W> {
     /// Make it.
     Now(P),
@@ -419,6 +427,7 @@ pin_project! {
     /// # Ok(()) }
     /// ```
     #[derive(Debug)]
+    #[must_use = "a wait does nothing unless it is polled"]
     pub struct Later<F> {
         #[pin]
         future: F,

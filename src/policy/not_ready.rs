@@ -21,6 +21,7 @@ use std::task::Context;
 /// # Ok::<(), portcullis::ConfigError>(())
 /// ```
 #[derive(Debug, Clone)]
+#[must_use = "a policy guards nothing until it is put into a layer"]
 pub struct NotReady {
     breaker: CircuitBreaker,
 }

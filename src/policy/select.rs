@@ -41,6 +41,7 @@ where
 
 /// Picks a policy for each request: from [`select`].
 #[derive(Clone, Copy)]
+#[must_use = "a policy guards nothing until it is put into a layer"]
 pub struct Select<F>(F);
 
 impl<F> fmt::Debug for Select<F> {

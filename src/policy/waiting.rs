@@ -31,6 +31,7 @@ impl<F: Fn(&Req) -> u32, Req> Waitable<Req> for Cost<RateLimiter, F> {
 
 /// A rate limiter that lets calls wait their turn, up to a time; from [`GuardLayer::wait`](crate::GuardLayer::wait).
 #[derive(Debug, Clone)]
+#[must_use = "a policy guards nothing until it is put into a layer"]
 pub struct Waiting<L = RateLimiter> {
     limiter: L,
     max_wait: Duration,
