@@ -109,6 +109,8 @@ impl Clock {
     }
 
     /// A clock that moves only when told to. Advancing it wakes whoever waits for the time it passes.
+    ///
+    /// For tests: where nobody advances it, an open circuit stays open, a limit never fills up again, and who waits waits for ever.
     #[must_use]
     pub fn manual() -> ManualClock {
         ManualClock(Arc::new(Manual {

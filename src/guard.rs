@@ -84,6 +84,23 @@ pub struct GuardLayer<P, C = ErrorsAreFailures, R = AsError> {
 /// assert_eq!(service.oneshot(()).await?, 503, "an answer that counts as a failure");
 /// # Ok(()) }
 /// ```
+///
+/// # Mistakes that nobody reports
+///
+/// - [`new`](GuardLayer::new) over HTTP or gRPC: every answer is a success by default, a 503 too, and the circuit never opens.
+#[cfg_attr(
+    feature = "http",
+    doc = "  [`http`](GuardLayer::http) and [`grpc`](GuardLayer::grpc) judge them."
+)]
+#[cfg_attr(
+    not(feature = "http"),
+    doc = "  With the feature `http`, `::http(…)` and `::grpc(…)` judge them."
+)]
+/// - A timeout outside the breaker drops the call, which is cancelled and ignored: it goes inside. A retry, a `LoadShed`, a `Buffer`
+///   and a rate limiter go outside; the [README](crate#layer-order) says why, layer by layer.
+/// - A breaker made for each request, clone or route remembers nothing: the layer may be made anew as often as one likes, the breaker
+///   once. Two of one name share nothing.
+/// - One breaker in two layers of a stack, or twice in a pair, counts each call twice, and a probe takes two slots.
 pub type CircuitBreakerLayer<C = ErrorsAreFailures, R = AsError, P = CircuitBreaker> = GuardLayer<P, C, R>;
 
 /// Limits how often a service is called: a [`GuardLayer`] with a [`RateLimiter`].
@@ -103,10 +120,22 @@ pub type CircuitBreakerLayer<C = ErrorsAreFailures, R = AsError, P = CircuitBrea
 /// assert!(Rejected::find(&*error).unwrap().retry_after.is_some());
 /// # Ok(()) }
 /// ```
+///
+/// # Mistakes that nobody reports
+///
+/// - A limiter inside a breaker: its rejections may hold a probe's slot. It goes outside, or into a pair with the breaker, which
+///   spends nothing while the circuit is open; see the [README](crate#layer-order).
+/// - A limiter made for each request, clone or route limits nothing: the layer may be made anew as often as one likes, the limiter
+///   once. Two of one name share nothing.
+/// - One limiter in two layers of a stack, or twice in a pair, charges each call twice.
+/// - A classifier on a token bucket or a sliding window: they do not ask how a call ended, only what it cost. An [`Adaptive`](crate::Adaptive)
+///   limiter asks, and over HTTP and gRPC is told the truth by the same classifiers as a breaker.
 pub type RateLimitLayer<C = ErrorsAreFailures, R = AsError, P = RateLimiter> = GuardLayer<P, C, R>;
 
 impl<P: Gate> GuardLayer<P> {
     /// A layer with this policy, in which errors are failures and rejections are errors.
+    ///
+    /// Over HTTP and gRPC this is seldom what is meant: there a failure is an answer like others, and a success by this default.
     pub fn new(policy: P) -> Self {
         Self {
             policy,
@@ -119,6 +148,7 @@ impl<P: Gate> GuardLayer<P> {
 impl<P, C, R> GuardLayer<P, C, R> {
     /// Judges results with a closure: it returns an [`Outcome`](crate::Outcome), or a [`Verdict`] with more.
     ///
+    /// A layer has one classifier, and the last one that is set is asked: this one takes the place of that of `::http` too.
     /// The closure also judges errors of the inner service's `poll_ready`. It must be `Clone`: each call keeps one. It replaces
     /// [`ErrorsAreFailures`] with all it knows: if a portcullis layer inside this one answers with errors, ignore those in which
     /// [`Rejected::find`] finds something.

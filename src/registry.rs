@@ -21,6 +21,11 @@ use std::{
 /// A cheap handle: clones are one registry. The same name is the same state, from every layer, route and thread. The registry is
 /// asked when a service is put together and when somebody looks; no call ever passes through it.
 ///
+/// A second registry made with [`new`](Self::new) knows nothing of the first: the same name in both is two states, and an admin
+/// service or a page of metrics shows the one that it came from. Make one, and clone it to wherever services are put together. What
+/// was built without it is shown once it is [registered](Self::register). [`RegistryError`] says where two mean different things by
+/// one name: another config, another breaker, a limit that is keyed and one that is not.
+///
 /// ```
 /// use portcullis::{CircuitBreakerConfig, Registry, TokenBucket};
 /// use std::time::Duration;

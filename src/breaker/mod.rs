@@ -508,6 +508,9 @@ impl Core {
 
 impl CircuitBreaker {
     /// Starts a breaker for the service of that name; the defaults suit most.
+    ///
+    /// Each one that is built has a state of its own, also under the name of another: build it once and clone it, or ask a
+    /// [`Registry`](crate::Registry), which lets no two have one name.
     pub fn builder(name: impl Into<String>) -> CircuitBreakerBuilder {
         CircuitBreakerBuilder {
             name: name.into(),
@@ -519,7 +522,8 @@ impl CircuitBreaker {
     /// Leave to call the service, or the reason why not.
     ///
     /// The permit must be told how the call ended with [`settle`](CircuitBreakerPermit::settle); dropped, the call was
-    /// cancelled (or, in a panic, failed).
+    /// cancelled (or, in a panic, failed). `let _ = breaker.try_acquire()` drops it at once, and no lint says so: a permit belongs
+    /// in a variable until the call has ended. [`call`](Self::call) sees to that by itself.
     ///
     /// # Errors
     ///

@@ -315,6 +315,9 @@ impl Core {
 impl RateLimiter {
     /// A limiter named `default` for the service of that name.
     ///
+    /// Each one that is built has a state of its own, also under the name of another: build it once and clone it, or ask a
+    /// [`Registry`](crate::Registry), which lets no two have one name.
+    ///
     /// # Errors
     ///
     /// A setting outside its range, named in the error.
@@ -484,6 +487,9 @@ impl RateLimiter {
     /// }
     /// # Ok(()) }
     /// ```
+    ///
+    /// It waits for as long as it takes, in a line as long as callers make it: for whom strangers call,
+    /// [`acquire_within`](Self::acquire_within) keeps it short.
     ///
     /// # Errors
     ///
@@ -662,8 +668,10 @@ impl fmt::Debug for RateLimiter {
 
 /// Leave to make one call.
 ///
-/// Dropped, it is spent: who goes away early has used the limit all the same. Only [`unused`](Self::unused) gives it back. An
-/// adaptive limiter wants to know how the call ended: [`settle`](Self::settle).
+/// Dropped, it is spent: who goes away early has used the limit all the same. So a token bucket and a sliding window need nothing
+/// more than `limiter.try_acquire()?;`. Only [`unused`](Self::unused) gives it back. An adaptive limiter wants to know how the call
+/// ended: [`settle`](Self::settle); from one that is dropped it learns what [`cancelled`](Adaptive::cancelled) says, by default
+/// nothing.
 ///
 /// ```
 /// # use portcullis::{Adaptive, RateLimiter, Outcome};
