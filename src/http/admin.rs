@@ -2,11 +2,11 @@ use super::{
     accept::metrics_format,
     problem::{PROBLEM_JSON, Problem},
 };
-use crate::{Registry, state::State};
+use crate::{Registry, name::Name, state::State};
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
-    header::{ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE},
+    header::{ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS},
 };
 use http_body_util::Full;
 use percent_encoding::percent_decode_str;
@@ -164,8 +164,13 @@ impl Admin {
     }
 }
 
-/// A path segment as a name. What is not UTF-8 is nobody's name.
+/// A path segment as a name. What is not UTF-8 is nobody's name, and what is longer than any name with every byte encoded is not
+/// even looked at.
 fn decode(encoded: &str) -> Option<Cow<'_, str>> {
+    const LONGEST: usize = "%00".len() * Name::MAX_LEN;
+    if encoded.len() > LONGEST {
+        return None;
+    }
     percent_decode_str(encoded).decode_utf8().ok()
 }
 
@@ -192,5 +197,7 @@ fn page(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) 
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     headers.insert(CONTENT_LENGTH, length.into());
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    // A service may be named like a page: no browser is to take text for one.
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }
