@@ -22,6 +22,9 @@ use std::hash::{Hash, Hasher};
 
 /// Finds the key in a request. Of the key only a hash is kept, so it is written into a hasher and never copied.
 ///
+/// What a closure returns cannot borrow from the request (the compiler says that a lifetime may not live long enough): it returns a
+/// number or a copy, or a type of your own implements this and writes what it finds.
+///
 /// ```
 /// use portcullis::key::Key;
 /// use std::hash::{DefaultHasher, Hasher};

@@ -3,7 +3,8 @@
 
 use futures_util::FutureExt;
 use portcullis::{
-    Adaptive, CircuitBreaker, CircuitBreakerConfig, Clock, GuardLayer, Outcome, RateLimiter, TokenBucket,
+    Adaptive, CircuitBreaker, CircuitBreakerConfig, Clock, GuardLayer, KeyedRateLimiter, Outcome, RateLimiter,
+    TokenBucket,
 };
 use std::{
     collections::BTreeMap,
@@ -235,4 +236,26 @@ fn what_a_layer_rejects_is_told_once() {
         ),
     ];
     assert_eq!(rejected.cloned().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn a_flood_of_rejections_tells_nothing_above_debug_but_the_moves_of_the_circuit_and_no_key() {
+    let clock = Clock::manual();
+    let lines = told_of("flooded", || {
+        let breaker = CircuitBreaker::builder("flooded").clock(&clock).build().unwrap();
+        let callers = KeyedRateLimiter::builder("flooded", TokenBucket::new(5, MINUTE))
+            .clock(&clock)
+            .build()
+            .unwrap();
+        let by_key = callers.by(|caller: &&'static str| Some(*caller));
+        let fails = service_fn(async |_: &str| Err::<(), _>("down"));
+        let service = GuardLayer::new((by_key, breaker)).layer(fails);
+        for _ in 0..1_000 {
+            service.clone().oneshot("sk-4242").now_or_never().unwrap().unwrap_err();
+        }
+    });
+    let (told, debug): (Vec<_>, Vec<_>) = lines.iter().partition(|(level, _)| *level < Level::DEBUG);
+    assert_eq!(debug.len(), 995, "each rejection");
+    assert_eq!(told.len(), 1, "the circuit opened: {told:?}");
+    assert!(!format!("{lines:?}").contains("4242"));
 }
