@@ -1,6 +1,9 @@
 //! What a keyed limiter or breaker tells callers apart by.
 //!
 //! Any closure `Fn(&Request) -> Option<K>` over a hashable `K` is a [`Key`]; a pair of keys is one, of which both must be there.
+//!
+//! Whoever can choose his key can choose another one for each request, or that of somebody else: what this costs, and whom, says the
+//! [README](crate#under-attack).
 #![cfg_attr(
     feature = "http",
     doc = "

@@ -12,7 +12,9 @@ use http::{
 use http_body::{Body, Frame};
 use http_body_util::BodyExt;
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
-use portcullis::{CircuitBreakerConfig, Clock, MetricsFormat, Name, Registry, TokenBucket};
+use portcullis::{
+    CircuitBreakerConfig, Clock, MetricsFormat, Name, RateLimitLayer, RateLimiter, Registry, TokenBucket,
+};
 use serde_json::Value;
 use std::{
     convert::Infallible,
@@ -26,7 +28,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-use tower::ServiceExt;
+use tower::{Layer, ServiceExt};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const PATHS: [&str; 5] = ["/status", "/status/search", "/metrics", "/livez", "/readyz"];
@@ -344,6 +346,17 @@ fn a_path_longer_than_any_name_is_refused_unread() {
     };
     // What is left is the answer, which is the same for both.
     assert!(cost(&long) < cost(&short), "no memory is taken to decode it");
+}
+
+#[test]
+fn a_limiter_stands_before_it_as_before_any_service() {
+    let limiter = RateLimiter::new("admin", TokenBucket::new(2, MINUTE)).unwrap();
+    let service = RateLimitLayer::http(limiter).layer(search().admin());
+    let statuses = [200, 200, 429].map(|status| (status, service.clone()));
+    for (status, service) in statuses {
+        let response = service.oneshot(Request::get("/status").body(Unread).unwrap());
+        assert_eq!(response.now_or_never().unwrap().unwrap().status(), status);
+    }
 }
 
 /// Sends bytes and reads the first answer's head, without closing this end.

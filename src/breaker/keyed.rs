@@ -54,7 +54,8 @@ const LOOKS: usize = 16;
 /// breaker is as good as new: closed by itself, without a failure or a slow call in what it remembers, with the config of the
 /// set, its handle and permits in nobody's hands. A new key looks at up to 16 of them, the longest unused first. If none of
 /// these can go, the key's calls share one *overflow* breaker, and the next call looks at the next 16. So no failure is ever
-/// forgotten, and keys that failed and never came back keep their places: [`reset`](CircuitBreaker::reset) frees them.
+/// forgotten, and keys that failed and never came back keep their places: [`reset`](CircuitBreaker::reset) frees them. So strangers
+/// should not choose the keys: see the [README](crate#under-attack).
 ///
 /// # Cost
 ///

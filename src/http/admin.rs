@@ -30,7 +30,8 @@ use tower_service::Service;
 /// | `/readyz` | 200, or 503 while a circuit marked [`critical`](crate::CircuitBreakerConfig::critical) is open |
 ///
 /// `GET` and `HEAD`; other methods are answered 405, unknown paths and services 404, each as `application/problem+json`
-/// (RFC 9457). It only reads, and lets everybody read: mount it where only operators come. It takes any request body and never fails, so it mounts in axum
+/// (RFC 9457). It only reads, and lets everybody read: mount it where only operators come, see the
+/// [README](crate#under-attack). It takes any request body, which it does not read, and never fails, so it mounts in axum
 /// (`nest_service("/admin", registry.admin())`), in hyper (`TowerToHyperService`) and in a test alike.
 ///
 /// ```

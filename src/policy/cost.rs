@@ -72,7 +72,8 @@ impl<L: fmt::Debug, F> fmt::Debug for Cost<L, F> {
 impl RateLimiter {
     /// This limiter as a policy that charges for each request what `cost` says, in place of one.
     ///
-    /// In a pair it is asked more than once for each request, and should say the same each time.
+    /// In a pair it is asked more than once for each request, and should say the same each time. A cost of zero is free: where the
+    /// caller states it, `.max(1)` keeps him from calling for nothing.
     ///
     /// ```
     /// use portcullis::{RateLimitLayer, RateLimiter, TokenBucket};
