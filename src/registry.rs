@@ -1,3 +1,5 @@
+#[cfg(feature = "http")]
+use crate::breaker::CircuitBreakerStatus;
 use crate::{
     breaker::{CircuitBreaker, CircuitBreakerConfig, KeyedCircuitBreaker},
     clock::Clock,
@@ -480,6 +482,15 @@ impl Registry {
             (name.clone(), entry.clone())
         };
         Some(entry.status(name))
+    }
+
+    /// The breaker of each service that has one, in the order of names. Limits and keyed breakers, which may have very many keys,
+    /// are not looked at.
+    #[cfg(feature = "http")]
+    pub(crate) fn circuits(&self) -> Vec<CircuitBreakerStatus> {
+        let services = self.read().services.clone();
+        let breakers = services.values().filter_map(|entry| entry.breaker.as_ref());
+        breakers.map(CircuitBreaker::status).collect()
     }
 
     /// The services whose circuit is open, forced ones included, in the order of names.

@@ -13,7 +13,7 @@ use http_body::{Body, Frame};
 use http_body_util::BodyExt;
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use portcullis::{
-    CircuitBreakerConfig, Clock, MetricsFormat, Name, RateLimitLayer, RateLimiter, Registry, TokenBucket,
+    CircuitBreakerConfig, Clock, MetricsFormat, Name, Outcome, RateLimitLayer, RateLimiter, Registry, TokenBucket,
 };
 use serde_json::Value;
 use std::{
@@ -357,6 +357,34 @@ fn a_limiter_stands_before_it_as_before_any_service() {
         let response = service.oneshot(Request::get("/status").body(Unread).unwrap());
         assert_eq!(response.now_or_never().unwrap().unwrap().status(), status);
     }
+}
+
+#[test]
+fn health_takes_no_longer_however_many_keys_there_are() {
+    let registry = search();
+    let cost = |path: &str| {
+        let request = Request::get(path).body(()).unwrap();
+        let mut admin = registry.admin();
+        allocation_counter::measure(|| {
+            let answer = tower::Service::call(&mut admin, request);
+            assert_eq!(answer.into_inner().unwrap().status(), 200);
+        })
+    };
+    let limit = TokenBucket::new(1, MINUTE);
+    let callers = registry.keyed_rate_limiter("search", "caller", limit, 10_000).unwrap();
+    let config = CircuitBreakerConfig::default().failure_threshold(1);
+    let hosts = registry.keyed_circuit_breaker("hosts", config, 1_000).unwrap();
+    let before = ["/livez", "/readyz"].map(cost);
+    for key in 0..1_000 {
+        callers.try_acquire(&key).unwrap();
+        callers.try_acquire(&key).unwrap_err();
+        hosts.try_acquire(&key).unwrap().settle(Outcome::Failure);
+    }
+    let after = ["/livez", "/readyz"].map(cost);
+    assert_eq!(
+        before.map(|cost| (cost.count_total, cost.bytes_total)),
+        after.map(|cost| (cost.count_total, cost.bytes_total))
+    );
 }
 
 /// Sends bytes and reads the first answer's head, without closing this end.

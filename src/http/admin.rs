@@ -139,13 +139,7 @@ impl Admin {
     /// One line a critical circuit, as Kubernetes prints its own checks.
     fn readiness(&self) -> Response<Full<Bytes>> {
         let (mut ready, mut text) = (true, String::new());
-        for breaker in self
-            .registry
-            .status()
-            .services
-            .into_values()
-            .filter_map(|status| status.circuit_breaker)
-        {
+        for breaker in self.registry.circuits() {
             if !breaker.config.is_critical() {
                 continue;
             }
