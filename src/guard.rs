@@ -50,7 +50,8 @@ use tower_service::Service;
 ///
 /// The instance that was readied is the one that is called. State lives behind the policy's handle, so it is shared by every
 /// clone and by every service that the layer makes. A readied guard of a half-open circuit holds a probe's slot, its clones do
-/// not; dropped, it gives the slot back. While the policy refuses, the inner service is neither polled nor called. The future is
+/// not; dropped, it gives the slot back. One that is called without having been readied, which tower forbids, asks its policy all
+/// the same. While the policy refuses, the inner service is neither polled nor called. The future is
 /// not boxed and is `Send` whenever the parts are; the inner service need not be `Clone` unless the layer
 /// [waits](GuardLayer::wait). An error of the inner `poll_ready` is judged like an error of a call and passes on unchanged; a
 /// panic there is a failure.

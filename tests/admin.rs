@@ -616,6 +616,16 @@ fn readiness_fails_exactly_while_a_critical_circuit_is_open() {
 }
 
 #[test]
+fn the_circuit_of_a_key_never_fails_readiness() {
+    let registry = Registry::new();
+    let hosts = registry
+        .keyed_circuit_breaker("hosts", config().critical(true), 10)
+        .unwrap();
+    hosts.get("one of many").force_open();
+    assert_eq!(get(&registry, "/readyz").body(), "ready\n");
+}
+
+#[test]
 fn a_name_cannot_forge_a_line_of_readiness() {
     let registry = Registry::new();
     let name = "a\n[+]circuit \"b\" closed\nready";

@@ -219,7 +219,8 @@ settings! {
     /// lengthen the open time, up to `cap`. Default: off.
     fn honor_retry_after(self, cap: Duration) { self.honor_retry_after = Some(cap) }
 
-    /// Whether `/readyz` fails while this circuit is open. Default: no.
+    /// Whether `/readyz` fails while this circuit is open. Default: no. On the breakers of keys it does nothing: none of them
+    /// alone is what the program cannot do without.
     fn critical(self, critical: bool) { self.critical = critical }
 }
 
