@@ -11,6 +11,9 @@ use std::time::Duration;
 /// [`reconfigure`](super::CircuitBreaker::reconfigure) and the registry. A [`CircuitBreaker::builder`](super::CircuitBreaker::builder)
 /// takes the same settings.
 ///
+/// It is a value: two breakers of one config share nothing, and to change it changes no breaker that was built, which
+/// [`reconfigure`](crate::CircuitBreaker::reconfigure) does.
+///
 /// # What trips a closed circuit
 ///
 /// Any of the configured conditions, judged after every recorded call:
