@@ -2,7 +2,7 @@
 //! very code is modelled and not a copy of it.
 //!
 //! A model is a unit test in a module named `model`, beside the atomics that it proves. It runs with the flag
-//! `--cfg portcullis_loom` (`tests/models` gives it): not with `loom`, which other crates take for theirs. loom then runs the
+//! `--cfg portcullis_loom` (`tests/loom` gives it): not with `loom`, which other crates take for theirs. loom then runs the
 //! test once for each order in which its threads may step, and for each value that a load may see by the rules of memory.
 //!
 //! What loom does not show: a load that sees a store which comes later in the order of steps, and an exchange that fails for no
