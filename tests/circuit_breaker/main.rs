@@ -5,7 +5,6 @@ mod calls;
 mod config;
 mod counted;
 mod generations;
-mod model;
 mod open;
 mod overrides;
 mod probes;
