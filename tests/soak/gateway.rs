@@ -74,7 +74,8 @@ impl Gateway {
         Router::new()
             .route("/ask/{what}/{id}", get(ask))
             .with_state(way)
-            .layer(RateLimitLayer::http((per_caller, all)))
+            // The keyed one last: it would not take back what it gave to a key that has made room for another meanwhile.
+            .layer(RateLimitLayer::http((all, per_caller)))
             .nest_service("/admin", self.registry.admin())
     }
 
