@@ -1,0 +1,42 @@
+"""Checks that the public interface names no type or trait of another crate than those of ALLOWED, from rustdoc's JSON:
+
+    RUSTC_BOOTSTRAP=1 cargo rustdoc --lib --all-features -- -Zunstable-options --output-format json
+    python3 .ci/external_types.py target/doc/portcullis.json
+
+A crate that is named there belongs to our own promise: its next major version is ours too."""
+
+import json
+import sys
+
+ALLOWED = {"std", "core", "alloc", "axum", "bytes", "http", "http_body", "serde", "serde_core", "tokio", "tonic", "tower",
+           "tower_http", "tower_layer", "tower_service"}
+
+with open(sys.argv[1]) as file:
+    data = json.load(file)
+paths, crates = data["paths"], data["external_crates"]
+
+
+def named(node):
+    """The ids of all types and traits that are named within."""
+    if isinstance(node, dict):
+        if {"id", "path", "args"} <= node.keys():
+            yield str(node["id"])
+        node = node.values()
+    if isinstance(node, (list, type({}.values()))):
+        for part in node:
+            yield from named(part)
+
+
+found = {}
+for item in data["index"].values():
+    implementation = item["inner"].get("impl", {})
+    # Blanket implementations of other crates (`impl<T> Instrument for T`) are no doing of ours.
+    if item["crate_id"] != 0 or implementation.get("blanket_impl") or implementation.get("is_synthetic"):
+        continue
+    for summary in filter(None, map(paths.get, named(item["inner"]))):
+        if summary["crate_id"] != 0:
+            found.setdefault(crates[str(summary["crate_id"])]["name"], set()).add("::".join(summary["path"]))
+for crate in sorted(found):
+    print(f"{crate}: {', '.join(sorted(found[crate])) if crate not in {'std', 'core', 'alloc'} else len(found[crate])}")
+if strangers := sorted(found.keys() - ALLOWED):
+    sys.exit(f"in the public interface, but not allowed there: {', '.join(strangers)}")
