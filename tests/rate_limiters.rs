@@ -197,6 +197,20 @@ fn a_rate_near_the_limits_of_arithmetic_is_kept_whatever_the_pauses() {
     }
 }
 
+/// So slow that the fractions of a token which are counted are more than a float tells apart.
+#[test]
+fn a_full_bucket_shows_its_burst_and_not_more() {
+    for burst in 1..400 {
+        let (_, limiter) = limiter(TokenBucket::new(1, 50 * YEAR).burst(burst));
+        let available = limiter.status().available_tokens;
+        assert!(available <= f64::from(burst), "{available} of {burst} are available");
+        assert!(
+            equal(available, f64::from(burst)),
+            "all {burst} are there, not {available}"
+        );
+    }
+}
+
 #[test]
 fn a_name_is_any_text_up_to_its_longest() {
     let bucket = TokenBucket::new(1, SECOND);

@@ -398,14 +398,21 @@ impl Bucket<'_> {
 
     /// The content in tokens; nothing while in debt.
     pub(super) fn tokens(&self, line: &Line, now: Timestamp) -> f64 {
-        let content = self.look(line, now).content.clamp(0, self.scale.burst);
-        content as f64 / self.scale.token as f64
+        let content = self.content(line, now);
+        // In two parts: large numbers of units are rounded, and a full bucket would hold a little more than its burst.
+        let (whole, part) = (content / self.scale.token, content % self.scale.token);
+        whole as f64 + part as f64 / self.scale.token as f64
     }
 
     /// The same in whole tokens. Not by way of a float: a large content would be rounded up to a token that is not there yet.
     pub(super) fn whole_tokens(&self, line: &Line, now: Timestamp) -> u32 {
-        let content = self.look(line, now).content.clamp(0, self.scale.burst);
-        u32::try_from(content.cast_unsigned() / self.scale.token).unwrap_or(u32::MAX)
+        u32::try_from(self.content(line, now) / self.scale.token).unwrap_or(u32::MAX)
+    }
+
+    /// The units that are there, without overflow and debt.
+    fn content(&self, line: &Line, now: Timestamp) -> u64 {
+        let content = self.look(line, now).content;
+        content.clamp(0, self.scale.burst).cast_unsigned()
     }
 }
 
