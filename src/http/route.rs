@@ -122,8 +122,8 @@ impl<P> PerRouteBuilder<P> {
     ///
     /// # Errors
     ///
-    /// A template that does not begin with a slash or is not well-formed, two that match the same paths under different names,
-    /// and two rules for the same method of one route.
+    /// A template that does not begin with a slash, is not well-formed or has more than 25 parameters, two that match the same paths
+    /// under different names, and two rules for the same method of one route.
     pub fn build(self) -> Result<PerRoute<P>, ConfigError> {
         let mut routes = Routes {
             by_path: matchit::Router::new(),
@@ -135,6 +135,9 @@ impl<P> PerRouteBuilder<P> {
             let refused = |expected: String| ConfigError::new("template", format!("{template:?}"), expected);
             if !template.starts_with('/') {
                 return Err(refused("a path that begins with a slash".into()));
+            }
+            if parameters(&template) > MOST_PARAMETERS {
+                return Err(refused(format!("a template of at most {MOST_PARAMETERS} parameters")));
             }
             let known = routes.by_template.get(&template).copied();
             let at = known.unwrap_or(routes.rules.len());
@@ -161,6 +164,14 @@ impl<P> PerRouteBuilder<P> {
         }
         Ok(PerRoute(Arc::new(routes)))
     }
+}
+
+/// `matchit` gives each a letter, and panics where there is none left for the next.
+const MOST_PARAMETERS: usize = 25;
+
+/// How many parameters a template has; two braces are one that is meant as such.
+fn parameters(template: &str) -> usize {
+    template.replace("{{", "").matches('{').count()
 }
 
 impl<P> Rules<P> {
