@@ -472,7 +472,7 @@ fn routes_that_make_no_sense_are_refused() {
 #[test]
 fn a_template_has_at_most_twenty_five_parameters() {
     let build = |template: String| PerRoute::builder().any(template, limiter("x", 1)).build().map(|_| ());
-    let parameters = |count| (0..count).map(|n| format!("/{{p{n}}}")).collect::<String>();
+    let parameters = |count| (0..count).map(|n| format!("/{{p{n}}}")).collect::<Vec<_>>().concat();
     build(parameters(25)).unwrap();
     build(format!("{}/{{{{braces}}}}", parameters(25))).unwrap();
     for count in [26, 27, 1_000] {
