@@ -80,8 +80,8 @@ mod neither_a_breaker_nor_a_pair_waits {}
 /// #     type Response = ();
 /// #     type Error = std::io::Error;
 /// #     type Future = std::future::Ready<Result<(), std::io::Error>>;
-/// #     fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), std::io::Error>> { todo!() }
-/// #     fn call(&mut self, _: ()) -> Self::Future { todo!() }
+/// #     fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), std::io::Error>> { Ok(()).into() }
+/// #     fn call(&mut self, (): ()) -> Self::Future { std::future::ready(Ok(())) }
 /// # }
 /// let limiter = RateLimiter::new("api", TokenBucket::new(1, Duration::from_secs(60)))?;
 /// let layer = RateLimitLayer::new(limiter);
@@ -97,8 +97,8 @@ mod neither_a_breaker_nor_a_pair_waits {}
 /// #     type Response = ();
 /// #     type Error = std::io::Error;
 /// #     type Future = std::future::Ready<Result<(), std::io::Error>>;
-/// #     fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), std::io::Error>> { todo!() }
-/// #     fn call(&mut self, _: ()) -> Self::Future { todo!() }
+/// #     fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), std::io::Error>> { Ok(()).into() }
+/// #     fn call(&mut self, (): ()) -> Self::Future { std::future::ready(Ok(())) }
 /// # }
 /// let limiter = RateLimiter::new("api", TokenBucket::new(1, Duration::from_secs(60)))?;
 /// let layer = RateLimitLayer::new(limiter).wait(Duration::from_secs(1));
