@@ -10,6 +10,12 @@
 //! median of the slices, from when the first thread begins until the last has ended, divided by the calls of one thread. A row's
 //! figure is the median of the rounds.
 //!
+//! Before and after each slice every thread does a fixed piece of work. Where that takes over a quarter longer than the fastest
+//! of the run, the core is shared at that moment: two hardware threads of one core are sold as two, and a neighbour in another
+//! virtual machine is not to be seen otherwise. Such a slice is left out with its neighbours, a round in which hardly any other is left
+//! counts no more than they do, and rows with few rounds that count are measured up to four times as often. A figure for which that was not
+//! enough is the median of all and marked `~`.
+//!
 //! Nanoseconds do not travel between machines. The ratio to the *floor*, one addition to a counter of the thread's own in the
 //! same run, does so better.
 //!

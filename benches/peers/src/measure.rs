@@ -2,12 +2,12 @@
 
 use crate::row::{Batch, Candidate, Expect, Row, Tally};
 use std::{
-    hint::spin_loop,
+    hint::{black_box, spin_loop},
     num::NonZero,
     ops::RangeInclusive,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
         mpsc,
     },
     thread,
@@ -23,14 +23,17 @@ pub(crate) struct Effort {
 }
 
 /// How many nanoseconds a slice should take: a small part of what a scheduler gives a thread at a time.
-const SLICE: f64 = 400_000.0;
+const SLICE: f64 = 100_000.0;
+
+/// How many times as many rounds there may be for a row that is disturbed.
+const PATIENCE: usize = 4;
 
 /// So many that it matters little how far apart two threads begin and end.
 const FEWEST_CALLS: u64 = 50;
 
 impl Effort {
     fn slices(self, nanos: f64) -> u32 {
-        u32::try_from(whole(self.nanos / nanos)).map_or(u32::MAX, |slices| slices.clamp(3, 1_000))
+        u32::try_from(whole(self.nanos / nanos)).map_or(u32::MAX, |slices| slices.clamp(3, 2_000))
     }
 }
 
@@ -38,8 +41,8 @@ impl Effort {
 #[derive(Debug)]
 pub(crate) struct Figures {
     pub(crate) name: &'static str,
-    /// Nanoseconds a call on one thread and on two, each round's.
-    pub(crate) nanos: [Vec<f64>; 2],
+    /// On one thread and on two, each round's.
+    pub(crate) rounds: [Vec<Measured>; 2],
     /// Heap allocations a call, and their bytes.
     pub(crate) allocations: f64,
     pub(crate) bytes: f64,
@@ -47,10 +50,90 @@ pub(crate) struct Figures {
 }
 
 impl Figures {
-    /// The median of the rounds with so many threads; `None` if the row is never shared.
+    /// Nanoseconds a call: the median of the rounds with so many threads, of the undisturbed ones if there are any; `None` if the
+    /// row is never shared.
     pub(crate) fn median(&self, threads: u32) -> Option<f64> {
-        median(self.nanos[threads as usize - 1].clone())
+        let rounds = &self.rounds[threads as usize - 1];
+        let disturbed = self.is_disturbed(threads);
+        let counted = rounds.iter().filter(|it| disturbed || it.is_undisturbed());
+        median(counted.map(|it| it.nanos).collect())
     }
+
+    /// Whether so few rounds with so many threads were undisturbed that another is worth its time.
+    fn is_mostly_disturbed(&self, threads: u32, rounds: usize) -> bool {
+        let undisturbed = self.rounds[threads as usize - 1]
+            .iter()
+            .filter(|it| it.is_undisturbed())
+            .count();
+        undisturbed * 3 < rounds
+    }
+
+    /// Whether every round with so many threads was disturbed.
+    pub(crate) fn is_disturbed(&self, threads: u32) -> bool {
+        !self.rounds[threads as usize - 1].iter().any(Measured::is_undisturbed)
+    }
+}
+
+/// One measurement.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Measured {
+    /// A call.
+    pub(crate) nanos: f64,
+    /// Which share of its slices was undisturbed. If they are enough, the others are left out.
+    pub(crate) undisturbed: f64,
+}
+
+impl Measured {
+    fn of(slices: &[Slice], length: Length) -> Option<Self> {
+        // In a row: one alone may have been lucky with its probes.
+        let calm = |at: usize| (at.saturating_sub(1)..=at + 1).all(|at| slices.get(at).is_none_or(|it| it.undisturbed));
+        let calm: Vec<_> = (0..slices.len()).map(calm).collect();
+        let undisturbed = calm.iter().filter(|it| **it).count() as f64 / slices.len() as f64;
+        let counted = slices
+            .iter()
+            .zip(calm)
+            .filter(|(_, calm)| *calm || undisturbed < ENOUGH);
+        let nanos = counted.map(|(it, _)| it.ended.saturating_sub(it.began).as_secs_f64() * 1e9);
+        Some(Self {
+            nanos: median(nanos.collect())? / length.calls as f64,
+            undisturbed,
+        })
+    }
+
+    pub(crate) fn is_undisturbed(&self) -> bool {
+        self.undisturbed >= ENOUGH
+    }
+}
+
+/// The least share of undisturbed slices that stands for all.
+const ENOUGH: f64 = 0.02;
+
+/// How many nanoseconds of a core's time a fixed piece of independent work takes, as a core does several at once if nobody else
+/// uses its units. Where two hardware threads share a core, which a virtual machine is not told, it takes up to twice as long
+/// while the other one works; a locked addition, which mostly waits, hardly longer. So ratios of the two tell of the neighbours.
+#[expect(clippy::disallowed_methods, reason = "a benchmark measures real time")]
+fn probe() -> u64 {
+    let began = Instant::now();
+    let (mut one, mut two, mut three, mut four, mut five) = (1_u64, 2_u64, 3_u64, 4_u64, 5_u64);
+    for i in 0..4_000 {
+        one = black_box(one + i);
+        two ^= one;
+        three = three.wrapping_add(i);
+        four ^= i << 3;
+        five = five.wrapping_add(four) ^ three;
+        black_box((two, three, four, five));
+    }
+    u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The shortest that the probe took on any of the threads.
+static FASTEST: AtomicU64 = AtomicU64::new(u64::MAX);
+
+/// Whether the core was this thread's alone, as far as the probe tells.
+fn is_undisturbed() -> bool {
+    let took = probe();
+    let fastest = FASTEST.fetch_min(took, Ordering::Relaxed).min(took);
+    took * 4 <= fastest * 5
 }
 
 /// A run of a batch on one of the threads.
@@ -62,17 +145,33 @@ struct Job {
 }
 
 /// A measurement is many short slices, and its figure the median of them: a thread that the system takes off its core spoils
-/// the slice it was in, not the measurement.
+/// the slice it was in, not the measurement, nor does a neighbour who works at times.
 #[derive(Debug, Clone, Copy)]
 struct Length {
     slices: u32,
     calls: u64,
 }
 
-/// What a thread did: when each slice began and ended, and how many calls were answered with `Ok`.
+/// What a thread did: its slices, and how many calls were answered with `Ok`.
 struct Done {
-    slices: Vec<(Duration, Duration)>,
+    slices: Vec<Slice>,
     ok: u64,
+}
+
+struct Slice {
+    began: Duration,
+    ended: Duration,
+    /// Before it and after it.
+    undisturbed: bool,
+}
+
+impl Slice {
+    /// The slice of several threads.
+    fn join(&mut self, other: &Self) {
+        self.began = self.began.min(other.began);
+        self.ended = self.ended.max(other.ended);
+        self.undisturbed &= other.undisturbed;
+    }
 }
 
 /// Where the threads meet before each slice. They spin, since being woken would take as long as a part of a slice.
@@ -156,7 +255,7 @@ impl Crew {
     /// Runs the candidate on so many threads: nanoseconds a call, from when the first began until the last had ended, and what
     /// was answered.
     #[expect(clippy::disallowed_methods, reason = "a benchmark measures real time")]
-    fn run(&self, candidate: &Candidate, threads: u32, length: Length) -> Result<(f64, Tally), String> {
+    fn run(&self, candidate: &Candidate, threads: u32, length: Length) -> Result<(Measured, Tally), String> {
         let start = Arc::new(Meeting {
             threads,
             arrived: AtomicU32::new(0),
@@ -173,23 +272,17 @@ impl Crew {
             worker.jobs.send(job).map_err(|_| "a thread is gone")?;
         }
         let mut tally = Tally::default();
-        let mut spans: Vec<(Duration, Duration)> = Vec::new();
+        let mut slices: Vec<Slice> = Vec::new();
         for (worker, _) in workers() {
             let done = worker.done.recv().map_err(|_| "it panicked")?;
             tally.add(u64::from(length.slices) * length.calls, done.ok);
-            if spans.is_empty() {
-                spans = done.slices;
+            if slices.is_empty() {
+                slices = done.slices;
             } else {
-                for (span, other) in spans.iter_mut().zip(done.slices) {
-                    *span = (span.0.min(other.0), span.1.max(other.1));
-                }
+                slices.iter_mut().zip(&done.slices).for_each(|(all, one)| all.join(one));
             }
         }
-        let nanos = spans
-            .iter()
-            .map(|(began, ended)| ended.saturating_sub(*began).as_secs_f64() * 1e9);
-        let median = median(nanos.collect()).ok_or("no slices")?;
-        Ok((median / length.calls as f64, tally))
+        Ok((Measured::of(&slices, length).ok_or("no slices")?, tally))
     }
 }
 
@@ -198,10 +291,16 @@ fn work(mut job: Job) -> Done {
     let mut ok = 0;
     let slices = (0..job.length.slices)
         .map(|slice| {
+            let before = is_undisturbed();
             job.start.wait(slice);
             let began = job.epoch.elapsed();
             ok += (job.batch)(job.length.calls);
-            (began, job.epoch.elapsed())
+            let ended = job.epoch.elapsed();
+            Slice {
+                began,
+                ended,
+                undisturbed: is_undisturbed() && before,
+            }
         })
         .collect();
     Done { slices, ok }
@@ -226,7 +325,7 @@ impl Running {
         let candidate = (row.build)();
         let figures = Figures {
             name: row.name,
-            nanos: [Vec::new(), Vec::new()],
+            rounds: [Vec::new(), Vec::new()],
             allocations: 0.0,
             bytes: 0.0,
             future: candidate.future,
@@ -244,9 +343,9 @@ impl Running {
     }
 
     /// It fails unless the candidate did what the row says.
-    fn measure(&mut self, crew: &Crew, threads: u32, length: Length) -> Result<f64, String> {
+    fn measure(&mut self, crew: &Crew, threads: u32, length: Length) -> Result<Measured, String> {
         let named = |error: String| format!("{}: {error}", self.row.name);
-        let (nanos, tally) = crew.run(&self.candidate, threads, length).map_err(named)?;
+        let (measured, tally) = crew.run(&self.candidate, threads, length).map_err(named)?;
         self.candidate.total.join(tally);
         let expected = self
             .row
@@ -259,7 +358,16 @@ impl Running {
             )));
         }
         (self.candidate.check)(self.candidate.total).map_err(named)?;
-        Ok(nanos)
+        Ok(measured)
+    }
+
+    fn measure_again(&mut self, crew: &Crew, threads: u32) -> Result<(), String> {
+        if self.row.fresh {
+            self.candidate = (self.row.build)();
+        }
+        let measured = self.measure(crew, threads, self.lengths[threads as usize - 1])?;
+        self.figures.rounds[threads as usize - 1].push(measured);
+        Ok(())
     }
 
     /// Finds how many calls make a slice.
@@ -270,7 +378,7 @@ impl Running {
         for threads in 1..=self.row.threads {
             let mut calls = 20;
             let nanos = loop {
-                let nanos = self.measure(crew, threads, Length { slices: 5, calls })?;
+                let nanos = self.measure(crew, threads, Length { slices: 5, calls })?.nanos;
                 if nanos * calls as f64 > SLICE / 4.0 {
                     break nanos;
                 }
@@ -312,24 +420,23 @@ fn whole(number: f64) -> u64 {
     number as u64
 }
 
-/// Measures the rows: every row once in every round, each round beginning with another row.
+/// Measures the rows: every row once in every round, each round beginning with another row. Then again those that were
+/// disturbed too often.
 pub(crate) fn measure(rows: Vec<Row>, crew: &Crew, effort: Effort) -> Result<Vec<Figures>, String> {
     let mut running: Vec<_> = rows.into_iter().map(Running::new).collect();
     for row in &mut running {
         row.count_allocations();
         row.calibrate(crew, effort)?;
     }
-    for round in 0..effort.rounds {
-        let first = round * running.len() / effort.rounds;
-        for index in 0..running.len() {
-            let at = (first + index) % running.len();
-            let row = &mut running[at];
+    let count = running.len();
+    for round in 0..effort.rounds * PATIENCE {
+        let first = round * count / effort.rounds;
+        for index in 0..count {
+            let row = &mut running[(first + index) % count];
             for threads in 1..=row.row.threads {
-                if row.row.fresh {
-                    row.candidate = (row.row.build)();
+                if round < effort.rounds || row.figures.is_mostly_disturbed(threads, effort.rounds) {
+                    row.measure_again(crew, threads)?;
                 }
-                let nanos = row.measure(crew, threads, row.lengths[threads as usize - 1])?;
-                row.figures.nanos[threads as usize - 1].push(nanos);
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::{
     goals::Goal,
-    measure::{Crew, Figures, cores},
+    measure::{Crew, Figures, Measured, cores},
     primitives::FLOOR,
 };
 use serde_json::{Value, json};
@@ -15,6 +15,7 @@ pub(crate) fn table(figures: &[Figures], goals: &[Goal], crew: &Crew) -> String 
         cores(),
         if crew.pinned { "" } else { "not " }
     );
+    out += &disturbances(figures);
     let floors = floors(figures);
     let mut group = "";
     for (name, rows) in by_group(figures) {
@@ -31,7 +32,9 @@ pub(crate) fn table(figures: &[Figures], goals: &[Goal], crew: &Crew) -> String 
             for (threads, width) in [(1_u32, 8), (2, 9)] {
                 match row.median(threads) {
                     Some(nanos) => {
-                        let _ = write!(out, " {nanos:width$.1} ns {:8.2}", nanos / floors[threads as usize - 1]);
+                        let mark = if row.is_disturbed(threads) { '~' } else { ' ' };
+                        let floors = nanos / floors[threads as usize - 1];
+                        let _ = write!(out, " {nanos:width$.1} ns{mark}{floors:8.2}");
                     }
                     None => {
                         let _ = write!(out, " {:>width$}    {:>8}", "–", "");
@@ -51,6 +54,20 @@ pub(crate) fn table(figures: &[Figures], goals: &[Goal], crew: &Crew) -> String 
         }
     }
     out + &verdicts(goals)
+}
+
+/// How much of the run the machine was this program's alone.
+fn disturbances(figures: &[Figures]) -> String {
+    let share = |threads: usize| {
+        let rounds: Vec<_> = figures.iter().flat_map(|row| &row.rounds[threads - 1]).collect();
+        let all: f64 = rounds.iter().map(|it| it.undisturbed).sum();
+        100.0 * all / rounds.len() as f64
+    };
+    format!(
+        "undisturbed: {:.0} % of the slices on one thread, {:.0} % on two; the others count only in figures marked ~\n",
+        share(1),
+        share(2)
+    )
 }
 
 /// The goals, the missed ones last.
@@ -83,11 +100,14 @@ pub(crate) fn verdicts(goals: &[Goal]) -> String {
 pub(crate) fn json(figures: &[Figures], goals: &[Goal], crew: &Crew) -> Value {
     let floors = floors(figures);
     let time = |row: &Figures, threads: u32| {
+        let rounds = |of: fn(&Measured) -> f64| row.rounds[threads as usize - 1].iter().map(of).collect::<Vec<_>>();
         row.median(threads).map(|nanos| {
             json!({
                 "nanos": nanos,
                 "floors": nanos / floors[threads as usize - 1],
-                "rounds": row.nanos[threads as usize - 1],
+                "disturbed": row.is_disturbed(threads),
+                "rounds": rounds(|it| it.nanos),
+                "undisturbed": rounds(|it| it.undisturbed),
             })
         })
     };
