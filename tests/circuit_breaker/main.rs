@@ -2,6 +2,8 @@
 //! results move it, what an operator can force, and what its readers see.
 
 mod calls;
+#[path = "../chance/mod.rs"]
+mod chance;
 mod config;
 mod counted;
 mod generations;

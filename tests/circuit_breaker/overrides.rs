@@ -233,3 +233,20 @@ fn counters_survive_everything_and_only_grow() {
         "all of three rounds is there"
     );
 }
+
+#[test]
+fn a_circuit_forced_open_tells_no_retry_time_though_it_was_about_to_probe_by_itself() {
+    let make = || breaker(|builder| builder.half_open_max_calls(1).success_threshold(1));
+    let (open, _clock) = make();
+    trip(&open);
+    assert!(open.status().retry_after.is_some());
+    open.force_open();
+    assert_eq!(open.status().retry_after, None, "open underneath");
+
+    let (full, clock) = make();
+    trip_and_wait(&full, &clock);
+    let _probe = admit(&full);
+    assert!(full.status().retry_after.is_some(), "no slot is free");
+    full.force_open();
+    assert_eq!(full.status().retry_after, None, "half-open and full underneath");
+}

@@ -269,6 +269,23 @@ fn a_half_open_circuit_keeps_its_probes_their_leases_and_its_successes() {
 }
 
 #[test]
+fn the_retry_time_of_a_full_half_open_circuit_counts_no_lease_that_ends_now() {
+    let (breaker, clock) = breaker(|builder| builder.half_open_max_calls(3).probe_lease(30 * SECOND));
+    trip_and_wait(&breaker, &clock);
+    let _probes: Vec<_> = (0..3)
+        .map(|_| {
+            let probe = admit(&breaker);
+            clock.advance(10 * SECOND);
+            probe
+        })
+        .collect();
+    reconfigure(&breaker, config().half_open_max_calls(1).success_threshold(1));
+    let status = breaker.status();
+    assert_eq!(status.probes_in_flight, 2, "the first has just lost its lease");
+    assert_eq!(status.retry_after, Some(20 * SECOND), "both others must end");
+}
+
+#[test]
 fn more_probes_are_let_through_at_once_when_more_are_allowed() {
     let (breaker, clock) = breaker(|builder| builder.half_open_max_calls(1).success_threshold(1));
     trip_and_wait(&breaker, &clock);

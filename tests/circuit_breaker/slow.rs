@@ -1,8 +1,12 @@
 //! Calls that take too long.
 
-use crate::{SECOND, admit, breaker, end_calls, just_before, transitions, trip_and_wait};
-use portcullis::{CircuitBreaker, ManualClock, Outcome, State, Window};
-use std::time::Duration;
+use crate::{
+    SECOND, admit, breaker,
+    chance::{self, Dice},
+    end_calls, just_before, transitions, trip_and_wait,
+};
+use portcullis::{CircuitBreaker, CircuitBreakerConfig, ManualClock, Outcome, State, Window};
+use std::{collections::VecDeque, time::Duration};
 
 /// Half of the last four calls may not take two seconds; nothing else trips.
 fn slow_breaker() -> (CircuitBreaker, ManualClock) {
@@ -151,4 +155,122 @@ fn without_a_slow_call_rate_no_call_is_slow() {
     let (breaker, clock) = breaker(|builder| builder);
     call_for(&breaker, &clock, crate::YEAR, Outcome::Success);
     assert_eq!(breaker.status().metrics.slow_requests, 0);
+}
+
+/// What the last calls were: whether each failed, and whether it was slow.
+#[derive(Default)]
+struct LastCalls(VecDeque<(bool, bool)>);
+
+impl LastCalls {
+    fn push(&mut self, size: usize, failed: bool, slow: bool) {
+        self.0.push_back((failed, slow));
+        self.resize(size);
+    }
+
+    fn resize(&mut self, size: usize) {
+        while self.0.len() > size {
+            self.0.pop_front();
+        }
+    }
+
+    fn assert_shown_by(&self, breaker: &CircuitBreaker, after: &str) {
+        let window = breaker.status().window.expect("a rate is watched");
+        let failures = self.0.iter().filter(|call| call.0).count() as u64;
+        let slow = self.0.iter().filter(|call| call.1).count() as u64;
+        assert_eq!(
+            (window.calls, window.failures, window.slow),
+            (self.0.len() as u64, failures, slow),
+            "{after}"
+        );
+    }
+}
+
+#[test]
+fn a_slow_call_leaves_a_window_when_as_many_others_have_come_whatever_the_size_becomes() {
+    let config = |size: u32| {
+        CircuitBreakerConfig::default()
+            .failure_rate(1.0)
+            .slow_calls(1.0, SECOND)
+            .window(Window::calls(size))
+            .minimum_calls(size)
+    };
+    let seed = chance::seed();
+    for (task, first) in (0..).zip([3, 63, 64, 65, 130].repeat(4)) {
+        let mut dice = Dice::new(seed, task);
+        let mut size = first;
+        let (breaker, clock) = breaker(|builder| builder.config(config(size)));
+        let mut last = LastCalls::default();
+        for step in 0..600 {
+            // Neither all calls fail nor are all slow, so that nothing trips.
+            let (failed, slow) = match step % 3 {
+                0 => (false, false),
+                _ => (dice.once_in(3), dice.once_in(3)),
+            };
+            let outcome = if failed { Outcome::Failure } else { Outcome::Success };
+            call_for(&breaker, &clock, if slow { SECOND } else { Duration::ZERO }, outcome);
+            last.push(size as usize, failed, slow);
+            last.assert_shown_by(&breaker, &format!("task {task}, step {step}, size {size}"));
+            if dice.once_in(50) {
+                size = 3 + u32::try_from(dice.below(140)).expect("small");
+                breaker.reconfigure(config(size)).expect("valid");
+                last.resize(size as usize);
+                last.assert_shown_by(&breaker, &format!("task {task}, resized at step {step} to {size}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn slow_calls_are_forgotten_one_by_one_when_slowness_is_watched_no_more() {
+    let config = CircuitBreakerConfig::default()
+        .failure_rate(1.0)
+        .window(Window::calls(100))
+        .minimum_calls(100);
+    let (breaker, clock) = breaker(|builder| builder.config(config.clone().slow_calls(1.0, SECOND)));
+    let mut last = LastCalls::default();
+    for call in 0..100 {
+        let slow = call % 3 == 0;
+        call_for(
+            &breaker,
+            &clock,
+            if slow { SECOND } else { Duration::ZERO },
+            Outcome::Success,
+        );
+        last.push(100, false, slow);
+    }
+    breaker.reconfigure(config).expect("valid");
+    for call in 0..120 {
+        end_calls(&breaker, 1, Outcome::Success);
+        last.push(100, false, false);
+        if call % 7 == 0 {
+            last.assert_shown_by(&breaker, &format!("after {call} quick calls"));
+        }
+    }
+    last.assert_shown_by(&breaker, "after all");
+}
+
+#[test]
+fn slow_calls_in_a_window_of_time_add_up_over_its_tenths_and_leave_with_them() {
+    let (breaker, clock) = breaker(|builder| {
+        builder
+            .slow_calls(1.0, SECOND)
+            .window(Window::time(100 * SECOND))
+            .minimum_calls(1_000)
+    });
+    let slow = |breaker: &CircuitBreaker| breaker.status().window.map(|window| (window.calls, window.slow));
+    for tenth in 1..=10 {
+        call_for(&breaker, &clock, 2 * SECOND, Outcome::Success);
+        call_for(&breaker, &clock, 3 * SECOND, Outcome::Failure);
+        call_for(&breaker, &clock, Duration::ZERO, Outcome::Success);
+        assert_eq!(slow(&breaker), Some((3 * tenth, 2 * tenth)), "after {tenth} tenths");
+        clock.advance(5 * SECOND);
+    }
+    clock.advance(45 * SECOND);
+    let left = slow(&breaker).expect("a rate is watched");
+    assert!(
+        left.1 > 0 && left.1 < 20 && left.0 * 2 == left.1 * 3,
+        "a part has left: {left:?}"
+    );
+    clock.advance(100 * SECOND);
+    assert_eq!(slow(&breaker), Some((0, 0)), "all have left");
 }
