@@ -129,7 +129,9 @@ fn a_success_begun_before_a_failure_of_its_generation_stands_in_the_window() {
     let (breaker, _clock) = breaker(|builder| builder.failure_rate(0.5).window(Window::calls(10)).minimum_calls(10));
     let begun: Vec<_> = (0..4).map(|_| admit(&breaker)).collect();
     end_calls(&breaker, 1, Outcome::Failure);
-    begun.into_iter().for_each(|permit| permit.settle(Outcome::Success));
+    for permit in begun {
+        permit.settle(Outcome::Success);
+    }
     let window = breaker.status().window.expect("a rate is watched");
     assert_eq!((window.calls, window.failures), (5, 1));
 }
