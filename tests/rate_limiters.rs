@@ -211,6 +211,47 @@ fn a_full_bucket_shows_its_burst_and_not_more() {
     }
 }
 
+/// Where the last nanosecond brings less of a token than a float tells apart.
+#[test]
+fn the_whole_part_of_what_a_status_shows_would_be_admitted() {
+    let slow = |limit, period| {
+        [
+            Algorithm::from(TokenBucket::new(limit, period)),
+            Adaptive::new(limit).max_rate(limit).window(period).into(),
+        ]
+    };
+    for algorithm in [
+        slow(1, YEAR),
+        slow(7, 99 * YEAR),
+        slow(1_000_000, YEAR),
+        slow(u32::MAX, 80 * YEAR),
+    ]
+    .concat()
+    {
+        let (clock, limiter) = limiter(algorithm);
+        let burst = limiter.status().burst;
+        limiter.try_acquire_n(burst).unwrap();
+        for cost in [1, 2, burst / 2, burst - 1, burst] {
+            let Some(Err(rejected)) = (1..=burst).contains(&cost).then(|| limiter.try_acquire_n(cost)) else {
+                continue;
+            };
+            clock.advance(just_before(rejected.retry_after.expect("the cost fits the burst")));
+            assert_eq!(wait_of(limiter.try_acquire_n(cost)), NANOSECOND);
+            let before = limiter.status().available_tokens;
+            assert!(
+                before < f64::from(cost),
+                "{algorithm:?}: {before} shown, {cost} refused"
+            );
+            clock.advance(NANOSECOND);
+            let then = limiter.status().available_tokens;
+            assert!(
+                then >= f64::from(cost),
+                "{algorithm:?}: {then} shown, {cost} would be admitted"
+            );
+        }
+    }
+}
+
 #[test]
 fn a_name_is_any_text_up_to_its_longest() {
     let bucket = TokenBucket::new(1, SECOND);

@@ -401,7 +401,9 @@ impl Bucket<'_> {
         let content = self.content(line, now);
         // In two parts: large numbers of units are rounded, and a full bucket would hold a little more than its burst.
         let (whole, part) = (content / self.scale.token, content % self.scale.token);
-        whole as f64 + part as f64 / self.scale.token as f64
+        let tokens = whole as f64 + part as f64 / self.scale.token as f64;
+        // Nor is a token shown that is not there yet because all but the last of it is.
+        tokens.min(((whole + 1) as f64).next_down())
     }
 
     /// The same in whole tokens. Not by way of a float: a large content would be rounded up to a token that is not there yet.
