@@ -6,7 +6,7 @@
 //!
 //! Every row is measured once in every round, on one thread and then on two threads that share the instance; each round begins
 //! with another row, so that a machine that slows down slows all of them. The threads are pinned to a core each where the system
-//! allows it. A measurement is many slices of a few hundred microseconds, which both threads begin together; its figure is the
+//! allows it. A measurement is many slices of about a hundred microseconds, which both threads begin together; its figure is the
 //! median of the slices, from when the first thread begins until the last has ended, divided by the calls of one thread. A row's
 //! figure is the median of the rounds.
 //!
