@@ -256,6 +256,48 @@ fn an_idle_key_is_found_however_many_cannot_go() {
     assert_eq!(set.status().evicted, 1);
 }
 
+#[test]
+fn if_all_were_used_the_one_that_has_its_place_for_the_longest_goes() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 100);
+    for key in 0..100 {
+        end(&set, key, Outcome::Success);
+    }
+    for new in 0..8 {
+        end(&set, 1_000 + new, Outcome::Success);
+        // The one that came `new` before is gone: it needs a place again. All others have theirs.
+        for kept in new + 1..100 {
+            end(&set, kept, Outcome::Success);
+        }
+        assert_eq!(set.status().evicted, u64::from(new) + 1);
+    }
+}
+
+#[test]
+fn the_transitions_of_keys_that_went_are_still_counted() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 1);
+    for round in 1..=3 {
+        // Opens, opens again after a failed probe, and closes.
+        trip(&set, round);
+        clock.advance(OPEN);
+        end(&set, round, Outcome::Failure);
+        clock.advance(OPEN);
+        end(&set, round, Outcome::Success);
+        let counted = set.status().metrics.state_transitions;
+        let each = [
+            counted.closed_to_open,
+            counted.open_to_half_open,
+            counted.half_open_to_open,
+            counted.half_open_to_closed,
+        ];
+        let rounds = u64::from(round);
+        assert_eq!(each, [rounds, 2 * rounds, rounds, rounds]);
+        assert_eq!(set.status().evicted, rounds - 1);
+    }
+    assert_eq!(set.clock().now(), clock.now(), "the clock it was given");
+}
+
 // ---- What is counted and told ----------------------------------------------------------------------------------------------
 
 #[test]

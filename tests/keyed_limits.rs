@@ -783,13 +783,15 @@ fn in_a_pair_the_refusals_of_the_keyless_and_of_the_overflow_are_counted_as_such
         };
         assert_eq!([(); 3].map(|()| ask(None)), [true, false, false]);
         assert_eq!(
-            ["a", "b", "c", "d"].map(|who| ask(Some(who))),
-            [true, true, false, false]
+            ["a", "a", "b", "c", "d", "e", "f"].map(|who| ask(Some(who))),
+            [true, false, true, false, false, false, false]
         );
         let keys = keys(&limiter);
         assert_eq!(keys.missing_key_requests, 3, "paired: {paired}");
-        assert_eq!(keys.overflow_requests, 3, "paired: {paired}");
-        assert_eq!(limiter.status().rejected_requests, 4, "paired: {paired}");
+        assert_eq!(keys.overflow_requests, 5, "paired: {paired}");
+        assert_eq!(limiter.status().rejected_requests, 7, "paired: {paired}");
+        let rejected: Vec<_> = keys.most_rejected.iter().map(|key| key.rejected).collect();
+        assert_eq!(rejected, [2, 1], "of the keyless and of the one that is tracked");
         let all = all.status();
         let spent = if paired { 3 } else { 0 };
         assert_eq!(
@@ -822,6 +824,57 @@ fn a_keyed_limit_may_charge_by_the_request() {
     );
     assert_eq!(keys(&limiter).tracked, 2, "who asked for too much is not remembered");
     assert_eq!(limiter.status().accepted_cost, 20);
+}
+
+#[test]
+fn what_a_call_behind_a_layer_cost_in_truth_is_charged_at_its_key() {
+    let (limiter, _) = keyed(TokenBucket::new(10, MINUTE), 10);
+    let service = RateLimitLayer::new(limiter.by(caller))
+        .classify(|_: &Result<(), std::io::Error>| Verdict::new(Outcome::Success).cost(4))
+        .layer(yes());
+    let ask = |who| service.clone().oneshot(call(who)).now_or_never().unwrap().is_ok();
+    assert_eq!([(); 4].map(|()| ask("a")), [true, true, true, false]);
+    assert!(ask("b"));
+}
+
+#[test]
+fn an_adaptive_limit_learns_at_its_key_how_the_calls_behind_a_layer_end() {
+    let adaptive = Adaptive::new(10)
+        .min_rate(1)
+        .burst(1)
+        .window(MINUTE)
+        .adjustment_factor(0.5)
+        .minimum_calls(1);
+    let (limiter, clock) = keyed(adaptive, 10);
+    let layer = RateLimitLayer::new(limiter.by(caller)).classify(|_: &Result<(), std::io::Error>| Outcome::Failure);
+    let service = layer.layer(yes());
+    let ask = |who| service.clone().oneshot(call(who)).now_or_never();
+    ask("a").unwrap().unwrap();
+    clock.advance(MINUTE);
+    ask("a").unwrap().unwrap();
+    ask("b").unwrap().unwrap();
+    assert_eq!(refused(ask("a")).retry_after, Some(MINUTE / 5), "half as fast");
+    assert_eq!(refused(ask("b")).retry_after, Some(MINUTE / 10));
+}
+
+#[test]
+fn a_listener_that_was_removed_hears_nothing_more() {
+    let (limiter, clock) = keyed(TokenBucket::new(1, MINUTE), 10);
+    let heard = Arc::new(AtomicU32::new(0));
+    let listener = limiter.on_event({
+        let heard = heard.clone();
+        move |_| {
+            heard.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    limiter.try_acquire("a").unwrap();
+    limiter.try_acquire("a").unwrap_err();
+    assert!(limiter.remove_listener(listener));
+    assert!(!limiter.remove_listener(listener), "it is gone already");
+    limiter.try_acquire("a").unwrap_err();
+    assert_eq!(heard.load(Ordering::Relaxed), 1);
+    clock.advance(MINUTE);
+    assert_eq!(limiter.clock().now(), clock.now(), "the clock it was given");
 }
 
 #[test]

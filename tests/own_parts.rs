@@ -624,6 +624,101 @@ fn a_pair_is_ready_when_both_are_and_refuses_when_either_does() {
     assert_ready_ok!(service.enter(|cx, mut service| service.poll_ready(cx)));
 }
 
+/// Refuses every service when it is readied, in the name of whomever, and notes what it is told of.
+#[derive(Clone)]
+struct Shut {
+    why: Rejected,
+    /// Says so at a glance, although it does not say that it may.
+    at_a_glance: bool,
+    told: Log,
+}
+
+impl Shut {
+    fn new(why: Rejected) -> Self {
+        Self {
+            why,
+            at_a_glance: false,
+            told: Log::default(),
+        }
+    }
+}
+
+impl Gate for Shut {
+    type Reserved = ();
+    fn reserve(&self, _: Option<()>, _: &Reading, _: &mut Context<'_>) -> Readiness<()> {
+        Readiness::Rejected(self.why.clone())
+    }
+    fn ready_at_a_glance(&self, _: &Reading) -> Glance<()> {
+        if self.at_a_glance {
+            Glance::Refused(Reason::Other)
+        } else {
+            Glance::Unsure
+        }
+    }
+    fn count(&self, why: &Rejected, _: &Reading) -> bool {
+        self.told.lock().unwrap().push(why.service.to_string());
+        true
+    }
+}
+
+impl Policy<u32> for Shut {
+    type Permit = ();
+    type Wait = Never<()>;
+    fn refusal(&self, (): &(), _: &u32, _: &Reading) -> Option<Rejected> {
+        Some(self.why.clone())
+    }
+    fn admit(&self, (): (), _: &u32, _: &Reading) -> Admit<(), Never<()>> {
+        Admit::Rejected(self.why.clone())
+    }
+}
+
+/// The rejection of a call that the service was readied for.
+fn rejected_when_readied<P>(policy: P) -> Rejected
+where
+    P: Policy<u32, Wait: portcullis::policy::Hold<BoxService<u32, u32, std::io::Error>, u32>> + Clone,
+{
+    let mut service = GuardLayer::new(policy).layer(BoxService::new(echo()));
+    assert_ready_ok!(service.poll_ready(&mut Context::from_waker(Waker::noop())));
+    let error = service.call(2).now_or_never().unwrap().unwrap_err();
+    Rejected::find(&*error).unwrap().clone()
+}
+
+#[test]
+fn a_breaker_counts_no_rejection_but_its_own() {
+    let breaker = CircuitBreaker::builder("search").build().unwrap();
+    let foreign = [
+        Rejected::new(name("search"), Reason::OverLimit).limit(name("default")),
+        Rejected::new(name("agent"), Reason::Open),
+    ];
+    for why in foreign {
+        let shut = Shut::new(why.clone());
+        assert_eq!(rejected_when_readied((breaker.clone(), shut.clone())), why);
+        assert_eq!(shut.told.lock().unwrap().len(), 1, "the pair asks on whose it is");
+    }
+    assert_eq!(breaker.status().metrics.rejected_requests, 0);
+}
+
+#[test]
+fn a_limiter_that_charges_by_the_request_counts_no_rejection_but_its_own() {
+    let limiter = RateLimiter::new("search", TokenBucket::new(1, Duration::from_secs(60))).unwrap();
+    let shut = Shut::new(Rejected::new(name("search"), Reason::Other));
+    rejected_when_readied((limiter.cost(|_: &u32| 1), shut.clone()));
+    assert_eq!(shut.told.lock().unwrap().len(), 1);
+    assert_eq!(limiter.status().rejected_requests, 0);
+}
+
+#[test]
+fn a_refusal_at_a_glance_that_was_not_announced_is_asked_for_as_any_other() {
+    let limiter = RateLimiter::new("search", TokenBucket::new(1, Duration::from_secs(60))).unwrap();
+    let own = Rejected::new(name("shut"), Reason::Other);
+    let shut = Shut {
+        at_a_glance: true,
+        ..Shut::new(own.clone())
+    };
+    assert_eq!(rejected_when_readied((shut.clone(), limiter.clone())), own);
+    assert_eq!(rejected_when_readied((limiter, shut)), own);
+}
+
 /// Admits when a future says so.
 #[derive(Clone)]
 struct Ticket(Arc<Mutex<Vec<tokio::sync::oneshot::Receiver<bool>>>>);

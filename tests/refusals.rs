@@ -123,31 +123,3 @@ fn a_request_without_a_key_is_counted_as_such_where_it_shares_a_spent_quota_and_
     assert_eq!((refused(OTHER), without_key()), (Some(Reason::OverLimit), 2));
     assert_eq!((refused(SPENT), without_key()), (Some(Reason::OverLimit), 2));
 }
-
-#[test]
-fn a_config_says_whether_its_circuit_is_critical() {
-    let config = portcullis::CircuitBreakerConfig::default();
-    assert!(!config.is_critical() && config.critical(true).is_critical());
-}
-
-#[test]
-fn a_rejection_is_counted_by_the_policy_whose_it_is_and_by_no_other() {
-    let now = Reading::new();
-    let make = |name: &str| CircuitBreaker::builder(name).build().expect("a valid config");
-    let (search, other) = (make("search"), make("other"));
-    let rejected = |breaker: &CircuitBreaker| breaker.status().metrics.rejected_requests;
-
-    let of_another = Rejected::new(other.name().clone(), Reason::Open);
-    assert!(!search.count(&of_another, &now), "a circuit of another name");
-    assert!(other.count(&of_another, &now));
-    assert_eq!((rejected(&search), rejected(&other)), (0, 1));
-
-    let limiter = spent();
-    let of_the_limit = limiter.try_acquire().expect_err("spent");
-    let before = limiter.status().rejected_requests;
-    assert!(!search.count(&of_the_limit, &now), "a limit of the same name");
-    let by_cost = limiter.cost(|_: &u32| 1);
-    assert!(!by_cost.count(&of_another, &now), "a circuit's");
-    assert!(by_cost.count(&of_the_limit, &now));
-    assert_eq!((rejected(&search), limiter.status().rejected_requests), (0, before + 1));
-}

@@ -275,6 +275,59 @@ fn a_wait_that_did_not_fit_after_all_is_refused_at_its_deadline() {
 }
 
 #[test]
+fn who_gives_up_in_the_middle_of_the_line_is_told_when_its_turn_would_have_been() {
+    let (clock, limiter) = limiter(TokenBucket::new(1, SECOND).burst(10));
+    let reserved = limiter.try_acquire_n(10).unwrap();
+    let mut first = waiting(limiter.acquire());
+    let _second = waiting(limiter.acquire());
+    let mut third = waiting(limiter.acquire_within(2, 4 * SECOND));
+    let _fourth = waiting(limiter.acquire());
+    clock.advance(SECOND);
+    admitted(&mut first);
+    // The call before them turns out to have cost five more.
+    reserved.settle(Verdict::new(Outcome::Success).cost(15));
+    clock.advance(3 * SECOND);
+    assert_eq!(refused(&mut third).retry_after, Some(5 * SECOND), "one is before it");
+}
+
+#[test]
+fn who_tries_when_all_who_waited_have_been_served_gets_what_is_left() {
+    for algorithm in [
+        Algorithm::from(TokenBucket::new(1, SECOND).burst(3)),
+        SlidingWindow::new(3, SECOND).into(),
+        Adaptive::new(1).window(SECOND).burst(3).into(),
+    ] {
+        let (clock, limiter) = limiter(algorithm);
+        limiter.try_acquire_n(3).unwrap();
+        let mut waiter = waiting(limiter.acquire());
+        clock.advance(3 * SECOND);
+        assert!(limiter.try_acquire().is_ok(), "three have come back, and one waited");
+        admitted(&mut waiter);
+    }
+}
+
+#[test]
+fn a_waiter_that_is_polled_for_nothing_still_sees_the_rate_rise() {
+    let (clock, limiter) = limiter(
+        Adaptive::new(10)
+            .burst(20)
+            .window(60 * SECOND)
+            .minimum_calls(1)
+            .adjustment_factor(0.5),
+    );
+    let permit = limiter.try_acquire_n(20).unwrap();
+    let mut waiter = waiting(limiter.acquire_n(20));
+    clock.advance(30 * SECOND);
+    permit.settle(Outcome::Success);
+    assert_pending!(waiter.poll());
+    clock.advance(30 * SECOND);
+    assert!(waiter.is_woken(), "by the end of the window");
+    settle_down(&mut waiter);
+    clock.advance(40 * SECOND);
+    admitted(&mut waiter);
+}
+
+#[test]
 fn what_a_call_turns_out_not_to_have_cost_goes_to_who_waits_at_once() {
     let (_clock, limiter) = limiter(TokenBucket::new(2, 2 * SECOND));
     let reserved = limiter.try_acquire_n(2).unwrap();

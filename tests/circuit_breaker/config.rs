@@ -1,7 +1,9 @@
 //! Settings that make no sense are refused, and the error says which, what it was and what would do.
 
 use crate::{NANO, SECOND, YEAR};
-use portcullis::{Backoff, CircuitBreaker, CircuitBreakerBuilder, ConfigError, Name, Outcome, Window};
+use portcullis::{
+    Backoff, CircuitBreaker, CircuitBreakerBuilder, CircuitBreakerConfig, ConfigError, Name, Outcome, Window,
+};
 use std::time::Duration;
 
 fn refused(configure: impl FnOnce(CircuitBreakerBuilder) -> CircuitBreakerBuilder) -> ConfigError {
@@ -184,4 +186,16 @@ fn the_widest_valid_settings_build_and_work() {
     clock.advance(breaker.status().retry_after.expect("open again"));
     crate::end_calls(&breaker, 10, Outcome::Success);
     assert_eq!(breaker.status().success_count, 10);
+}
+
+#[test]
+fn a_config_tells_whether_it_is_critical() {
+    assert!(!CircuitBreakerConfig::default().is_critical());
+    assert!(CircuitBreakerConfig::default().critical(true).is_critical());
+    assert!(
+        !CircuitBreakerConfig::default()
+            .critical(true)
+            .critical(false)
+            .is_critical()
+    );
 }

@@ -3,9 +3,10 @@
 //! On the clocks of a program a success in a window of time is counted, on a manual clock it is recorded at once. The same steps on
 //! both, at the same times, must show the same.
 
-use portcullis::{CircuitBreaker, CircuitBreakerConfig, Clock, ManualClock, Outcome, Window, WindowStatus};
+use crate::{admit, breaker, end_calls};
+use portcullis::{CircuitBreaker, CircuitBreakerConfig, Clock, ManualClock, Outcome, State, Window, WindowStatus};
 use proptest::{collection::vec, prelude::*, test_runner::TestCaseResult};
-use std::{thread, time::Duration};
+use std::{sync::Barrier, thread, time::Duration};
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -195,4 +196,86 @@ fn a_window_of_calls_holds_the_successes_of_all_threads() {
     assert_eq!(window(&breaker), Some((10_000, 1)), "the failure is the oldest call");
     breaker.try_acquire().unwrap().settle(Outcome::Success);
     assert_eq!(window(&breaker), Some((10_000, 0)), "one more, and it is out");
+}
+
+/// The same with more threads than have counters of their own, all at once; also of a window of time, on the program's clock.
+#[test]
+fn a_window_holds_the_successes_of_more_threads_than_have_counters_of_their_own() {
+    const THREADS: u32 = 100;
+    for window in [Window::calls(10_000), Window::time(Duration::from_secs(1 << 30))] {
+        let breaker = CircuitBreaker::builder("agent")
+            .failure_rate(0.9)
+            .window(window)
+            .build()
+            .unwrap();
+        admit(&breaker).settle(Outcome::Failure);
+        let all_run = Barrier::new(THREADS as usize);
+        thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    for _ in 0..2 {
+                        admit(&breaker).settle(Outcome::Success);
+                        all_run.wait();
+                    }
+                });
+            }
+        });
+        let window = breaker.status().window.expect("a rate is watched");
+        assert_eq!((window.calls, window.failures), (2 * u64::from(THREADS) + 1, 1));
+    }
+}
+
+#[test]
+fn failures_of_calls_that_run_at_once_trip_together() {
+    let (breaker, _clock) = breaker(|builder| builder.failure_threshold(3));
+    let running = [admit(&breaker), admit(&breaker), admit(&breaker)];
+    for permit in running {
+        permit.settle(Outcome::Failure);
+    }
+    assert_eq!(breaker.state(), State::Open);
+}
+
+#[test]
+fn a_success_ends_the_run_of_the_failures_that_came_while_it_ran() {
+    let (breaker, _clock) = breaker(|builder| builder.failure_threshold(2));
+    let running = admit(&breaker);
+    end_calls(&breaker, 1, Outcome::Failure);
+    running.settle(Outcome::Success);
+    end_calls(&breaker, 1, Outcome::Failure);
+    assert_eq!(breaker.state(), State::Closed, "the run began anew");
+    end_calls(&breaker, 1, Outcome::Failure);
+    assert_eq!(breaker.state(), State::Open);
+}
+
+#[test]
+fn a_success_of_an_earlier_generation_ends_no_run_of_failures() {
+    let (breaker, _clock) = breaker(|builder| builder.failure_threshold(2));
+    let running = admit(&breaker);
+    breaker.reset();
+    end_calls(&breaker, 1, Outcome::Failure);
+    running.settle(Outcome::Success);
+    end_calls(&breaker, 1, Outcome::Failure);
+    assert_eq!(breaker.state(), State::Open);
+}
+
+#[test]
+fn a_success_of_an_earlier_generation_takes_nothing_from_what_was_counted_since() {
+    let (breaker, _clock) = breaker(|builder| builder.failure_rate(0.5).window(Window::calls(100)));
+    let running = admit(&breaker);
+    breaker.reset();
+    end_calls(&breaker, 3, Outcome::Success);
+    running.settle(Outcome::Success);
+    end_calls(&breaker, 2, Outcome::Success);
+    let window = breaker.status().window.expect("a rate is watched");
+    assert_eq!(window.calls, 5);
+}
+
+#[test]
+fn a_success_trips_if_a_failure_that_came_while_it_ran_made_the_rate_high() {
+    let (breaker, _clock) = breaker(|builder| builder.failure_rate(0.5).window(Window::calls(10)).minimum_calls(2));
+    let running = admit(&breaker);
+    end_calls(&breaker, 1, Outcome::Failure);
+    assert_eq!(breaker.state(), State::Closed, "the minimum of calls is not reached");
+    running.settle(Outcome::Success);
+    assert_eq!(breaker.state(), State::Open, "one of two failed");
 }

@@ -114,17 +114,6 @@ fn every_transition_override_reset_and_reconfiguration_begins_a_generation() {
 }
 
 #[test]
-fn a_success_begun_before_the_failures_of_its_generation_ends_their_run() {
-    let (breaker, _clock) = breaker(|builder| builder.failure_threshold(3));
-    let begun = admit(&breaker);
-    end_calls(&breaker, 2, Outcome::Failure);
-    begun.settle(Outcome::Success);
-    assert_eq!(breaker.status().failure_count, 0, "it succeeded after they failed");
-    end_calls(&breaker, 2, Outcome::Failure);
-    assert_eq!(breaker.state(), State::Closed, "two in a row again");
-}
-
-#[test]
 fn a_success_begun_before_a_failure_of_its_generation_stands_in_the_window() {
     let (breaker, _clock) = breaker(|builder| builder.failure_rate(0.5).window(Window::calls(10)).minimum_calls(10));
     let begun: Vec<_> = (0..4).map(|_| admit(&breaker)).collect();
@@ -134,17 +123,4 @@ fn a_success_begun_before_a_failure_of_its_generation_stands_in_the_window() {
     }
     let window = breaker.status().window.expect("a rate is watched");
     assert_eq!((window.calls, window.failures), (5, 1));
-}
-
-#[test]
-fn a_success_of_an_earlier_generation_ends_no_run_of_failures_in_the_next_closed_one() {
-    let (breaker, clock) = breaker(|builder| builder.failure_threshold(3).success_threshold(1));
-    let old = admit(&breaker);
-    trip_and_wait(&breaker, &clock);
-    admit(&breaker).settle(Outcome::Success);
-    assert_eq!(breaker.state(), State::Closed);
-    end_calls(&breaker, 2, Outcome::Failure);
-    assert_moves_nothing(&breaker, Outcome::Success, || old.settle(Outcome::Success));
-    end_calls(&breaker, 1, Outcome::Failure);
-    assert_eq!(breaker.state(), State::Open, "the third in a row");
 }

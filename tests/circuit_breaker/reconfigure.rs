@@ -1,7 +1,9 @@
 //! Another config for a running breaker: what means the same under it is kept.
 
 use crate::{NANO, SECOND, YEAR, admit, breaker, end_calls, just_before, transitions, trip, trip_and_wait};
-use portcullis::{Backoff, CircuitBreaker, CircuitBreakerConfig, EventKind, Outcome, State, Window, WindowStatus};
+use portcullis::{
+    Backoff, CircuitBreaker, CircuitBreakerConfig, EventKind, ManualClock, Outcome, State, Window, WindowStatus,
+};
 use std::time::Duration;
 
 fn config() -> CircuitBreakerConfig {
@@ -269,23 +271,6 @@ fn a_half_open_circuit_keeps_its_probes_their_leases_and_its_successes() {
 }
 
 #[test]
-fn the_retry_time_of_a_full_half_open_circuit_counts_no_lease_that_ends_now() {
-    let (breaker, clock) = breaker(|builder| builder.half_open_max_calls(3).probe_lease(30 * SECOND));
-    trip_and_wait(&breaker, &clock);
-    let _probes: Vec<_> = (0..3)
-        .map(|_| {
-            let probe = admit(&breaker);
-            clock.advance(10 * SECOND);
-            probe
-        })
-        .collect();
-    reconfigure(&breaker, config().half_open_max_calls(1).success_threshold(1));
-    let status = breaker.status();
-    assert_eq!(status.probes_in_flight, 2, "the first has just lost its lease");
-    assert_eq!(status.retry_after, Some(20 * SECOND), "both others must end");
-}
-
-#[test]
 fn more_probes_are_let_through_at_once_when_more_are_allowed() {
     let (breaker, clock) = breaker(|builder| builder.half_open_max_calls(1).success_threshold(1));
     trip_and_wait(&breaker, &clock);
@@ -346,4 +331,65 @@ fn jitter_goes_on_under_the_same_seed_and_starts_over_under_another() {
         reconfigure(&breaker, jittered(seed).success_threshold(1));
         assert_eq!(open_time(&breaker), expected, "seed {seed}");
     }
+}
+
+#[test]
+fn a_call_that_began_before_slow_ones_were_watched_is_not_slow() {
+    for outcome in [Outcome::Success, Outcome::Failure] {
+        let (breaker, clock) = breaker(|builder| builder);
+        clock.advance(YEAR);
+        let running = admit(&breaker);
+        reconfigure(&breaker, config().slow_calls(1.0, SECOND));
+        running.settle(outcome);
+        assert_eq!(breaker.status().metrics.slow_requests, 0);
+    }
+}
+
+/// Ends one call for each, after a second if it is to be slow.
+fn calls(breaker: &CircuitBreaker, clock: &ManualClock, slow: &[bool]) {
+    for slow in slow {
+        let permit = admit(breaker);
+        if *slow {
+            clock.advance(SECOND);
+        }
+        permit.settle(Outcome::Success);
+    }
+}
+
+#[test]
+fn slow_calls_leave_the_window_though_none_are_watched_any_more() {
+    let (breaker, clock) = breaker(|builder| {
+        builder
+            .slow_calls(1.0, SECOND)
+            .window(Window::calls(3))
+            .minimum_calls(3)
+    });
+    calls(&breaker, &clock, &[true, false, true]);
+    reconfigure(&breaker, over_calls(3));
+    assert_eq!(window(&breaker).slow, 2);
+    // The first is recorded and tells that no rate is high, the others are counted.
+    for left in [1, 1, 0] {
+        end_calls(&breaker, 1, Outcome::Success);
+        assert_eq!(window(&breaker).slow, left);
+    }
+}
+
+#[test]
+fn a_lease_that_ends_now_is_not_what_a_full_circuit_waits_for() {
+    let half_open = |probes| config().half_open_max_calls(probes).success_threshold(2);
+    let (breaker, clock) = breaker(|builder| builder.config(half_open(3)));
+    trip_and_wait(&breaker, &clock);
+    let _probes = [0, 1, 1].map(|wait| {
+        clock.advance(wait * SECOND);
+        admit(&breaker)
+    });
+    reconfigure(&breaker, half_open(2));
+    clock.advance(58 * SECOND);
+    let status = breaker.status();
+    assert_eq!(
+        (status.state, status.retry_after),
+        (State::HalfOpen, Some(SECOND)),
+        "two still run"
+    );
+    assert_eq!(breaker.try_acquire().unwrap_err().retry_after, Some(SECOND));
 }

@@ -221,35 +221,6 @@ fn a_slow_call_leaves_a_window_when_as_many_others_have_come_whatever_the_size_b
 }
 
 #[test]
-fn slow_calls_are_forgotten_one_by_one_when_slowness_is_watched_no_more() {
-    let config = CircuitBreakerConfig::default()
-        .failure_rate(1.0)
-        .window(Window::calls(100))
-        .minimum_calls(100);
-    let (breaker, clock) = breaker(|builder| builder.config(config.clone().slow_calls(1.0, SECOND)));
-    let mut last = LastCalls::default();
-    for call in 0..100 {
-        let slow = call % 3 == 0;
-        call_for(
-            &breaker,
-            &clock,
-            if slow { SECOND } else { Duration::ZERO },
-            Outcome::Success,
-        );
-        last.push(100, false, slow);
-    }
-    breaker.reconfigure(config).expect("valid");
-    for call in 0..120 {
-        end_calls(&breaker, 1, Outcome::Success);
-        last.push(100, false, false);
-        if call % 7 == 0 {
-            last.assert_shown_by(&breaker, &format!("after {call} quick calls"));
-        }
-    }
-    last.assert_shown_by(&breaker, "after all");
-}
-
-#[test]
 fn slow_calls_in_a_window_of_time_add_up_over_its_tenths_and_leave_with_them() {
     let (breaker, clock) = breaker(|builder| {
         builder
