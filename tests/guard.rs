@@ -1576,6 +1576,22 @@ fn of_two_that_refuse_a_pair_tells_the_one_whose_wait_is_longer_and_counts_there
     assert_eq!((counted(&never).rejected, minute.status().rejected_requests), (1, 0));
 }
 
+#[test]
+fn of_two_that_refuse_for_as_long_the_first_tells() {
+    let clock = Clock::manual();
+    let world = Arc::new(World::default());
+    let (first, second) = (bucket(&clock, 1), bucket(&clock, 1));
+    for limiter in [&first, &second] {
+        limiter.try_acquire().unwrap();
+    }
+    let guard = GuardLayer::new((first.clone(), second.clone())).layer(echo(&world));
+    rejection(guard.oneshot(1).now_or_never().unwrap());
+    assert_eq!(
+        (first.status().rejected_requests, second.status().rejected_requests),
+        (1, 0)
+    );
+}
+
 // ---- Waiting -----------------------------------------------------------------------------------------------------------------
 
 #[test]

@@ -103,6 +103,13 @@ fn a_policy_tells_what_it_would_refuse_and_counts_what_it_refuses() {
     let rejections = || breaker.status().metrics.rejected_requests;
     let selected = policy::select(|request: &u32| (*request == SPENT).then(|| breaker.clone()));
     assert_refuses_the_spent("a selected circuit", &selected, Reason::ForcedOpen, rejections);
+    let not_ready = policy::NotReady::new(breaker.clone());
+    let refusal = ask(&not_ready, |looked, now| not_ready.refusal(looked, &SPENT, now));
+    assert_eq!(
+        refusal,
+        Some(Reason::ForcedOpen),
+        "a circuit that leaves its service not ready"
+    );
     let pair = policy::select(|request: &u32| (*request == SPENT).then(|| (breaker.clone(), limiter.clone())));
     assert_refuses_the_spent("a selected pair", &pair, Reason::ForcedOpen, rejections);
 }
