@@ -1,5 +1,5 @@
 """Checks that the public interface names no type or trait of another crate than those of ALLOWED, from the file
-of rustdoc's JSON that is given. `.ci/supply-chain` makes it.
+of rustdoc's JSON that is given. `.ci/public-api` makes it.
 
 A crate that is named there belongs to our own promise: its next major version is ours too."""
 

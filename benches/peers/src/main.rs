@@ -11,7 +11,7 @@
 //! figure is the median of the rounds.
 //!
 //! Before and after each slice every thread does a fixed piece of work. Where that takes over a quarter longer than the fastest
-//! of the run, the core is shared at that moment: two hardware threads of one core are sold as two, and a neighbour in another
+//! so far (there are thousands before the first round, when the length of the slices is found), the core is shared at that moment: two hardware threads of one core are sold as two, and a neighbour in another
 //! virtual machine is not to be seen otherwise. Such a slice is left out with its neighbours, a round in which hardly any other is left
 //! counts no more than they do, and rows with few rounds that count are measured up to four times as often. A figure for which that was not
 //! enough is the median of all and marked `~`.
