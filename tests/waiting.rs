@@ -307,27 +307,6 @@ fn who_tries_when_all_who_waited_have_been_served_gets_what_is_left() {
 }
 
 #[test]
-fn a_waiter_that_is_polled_for_nothing_still_sees_the_rate_rise() {
-    let (clock, limiter) = limiter(
-        Adaptive::new(10)
-            .burst(20)
-            .window(60 * SECOND)
-            .minimum_calls(1)
-            .adjustment_factor(0.5),
-    );
-    let permit = limiter.try_acquire_n(20).unwrap();
-    let mut waiter = waiting(limiter.acquire_n(20));
-    clock.advance(30 * SECOND);
-    permit.settle(Outcome::Success);
-    assert_pending!(waiter.poll());
-    clock.advance(30 * SECOND);
-    assert!(waiter.is_woken(), "by the end of the window");
-    settle_down(&mut waiter);
-    clock.advance(40 * SECOND);
-    admitted(&mut waiter);
-}
-
-#[test]
 fn what_a_call_turns_out_not_to_have_cost_goes_to_who_waits_at_once() {
     let (_clock, limiter) = limiter(TokenBucket::new(2, 2 * SECOND));
     let reserved = limiter.try_acquire_n(2).unwrap();
@@ -466,25 +445,31 @@ fn a_front_that_gets_a_part_back_is_woken_to_look_again() {
 
 #[test]
 fn a_waiter_sees_the_rate_rise_while_it_waits() {
-    let (clock, limiter) = limiter(
-        Adaptive::new(10)
-            .burst(20)
-            .window(60 * SECOND)
-            .minimum_calls(1)
-            .adjustment_factor(0.5),
-    );
-    let permit = limiter.try_acquire_n(20).unwrap();
-    let mut waiter = waiting(limiter.acquire_n(20));
-    clock.advance(30 * SECOND);
-    permit.settle(Outcome::Success);
-    clock.advance(30 * SECOND);
-    // The window has ended with a success: 10 tokens are there, 15 a minute come from now on. Nobody else comes by.
-    assert!(waiter.is_woken(), "the end of the window may bring its time nearer");
-    settle_down(&mut waiter);
-    clock.advance(just_before(40 * SECOND));
-    assert!(!waiter.is_woken(), "not before the tokens are there");
-    clock.advance(NANOSECOND);
-    admitted(&mut waiter);
+    // A poll that nobody asked for forgets nothing.
+    for polled_for_nothing in [false, true] {
+        let (clock, limiter) = limiter(
+            Adaptive::new(10)
+                .burst(20)
+                .window(60 * SECOND)
+                .minimum_calls(1)
+                .adjustment_factor(0.5),
+        );
+        let permit = limiter.try_acquire_n(20).unwrap();
+        let mut waiter = waiting(limiter.acquire_n(20));
+        clock.advance(30 * SECOND);
+        permit.settle(Outcome::Success);
+        if polled_for_nothing {
+            assert_pending!(waiter.poll());
+        }
+        clock.advance(30 * SECOND);
+        // The window has ended with a success: 10 tokens are there, 15 a minute come from now on. Nobody else comes by.
+        assert!(waiter.is_woken(), "the end of the window may bring its time nearer");
+        settle_down(&mut waiter);
+        clock.advance(just_before(40 * SECOND));
+        assert!(!waiter.is_woken(), "not before the tokens are there");
+        clock.advance(NANOSECOND);
+        admitted(&mut waiter);
+    }
 }
 
 #[test]
