@@ -105,15 +105,25 @@ impl<Req, Res, Err: Any> Classify<Req, Res, Err> for ErrorsAreFailures {
         <Self as Classify<Req, Res, Err>>::finish_in_place((), result, &mut Some(permit), now)
     }
 
-    #[inline]
+    #[expect(clippy::inline_always, reason = "what it is handed is moved once more else")]
+    #[inline(always)]
     fn finish_in_place<P: Permit>(
         (): (),
         result: Result<Res, Err>,
         permit: &mut Option<P>,
         now: &Reading,
     ) -> Result<Res, Err> {
-        P::settle_in_place(permit, Outcome::of(&result).into(), now);
-        result
+        // Taken apart, so that it need not lie in memory for the sake of an error that is looked at there.
+        match result {
+            Ok(response) => {
+                P::settle_in_place(permit, Outcome::Success.into(), now);
+                Ok(response)
+            }
+            Err(error) => {
+                settle_error(&error, permit, now);
+                Err(error)
+            }
+        }
     }
 
     fn unready(&self, error: Err) -> (Verdict, Err) {
@@ -121,6 +131,12 @@ impl<Req, Res, Err: Any> Classify<Req, Res, Err> for ErrorsAreFailures {
         let verdict = Outcome::of(&result).into();
         (verdict, error_of(result))
     }
+}
+
+/// Out of line, so that a success does not carry it along.
+#[inline(never)]
+fn settle_error<P: Permit, Err: Any>(error: &Err, permit: &mut Option<P>, now: &Reading) {
+    P::settle_in_place(permit, Outcome::of_error(error).into(), now);
 }
 
 /// A classifier of the whole result: from [`GuardLayer::classify`](crate::GuardLayer::classify).

@@ -538,13 +538,35 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
         C: Classify<Req, S::Response, S::Error>,
         R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
     {
-        let mut kept = None;
-        let watch = Watch::start(permit, || {
-            kept = Some(self.layer.keep::<S, Req>(&request));
-            self.inner.call(request)
-        });
+        // Dropped by nobody else: the step ends or unwinds.
+        let mut permit = ManuallyDrop::new(Some(permit));
+        let mut future = failing_on_unwind(&mut permit, |_| self.begin(request));
+        if let State::Called { call } = &mut future.state {
+            call.watch.hold(permit.take());
+        }
+        future
+    }
+
+    /// Makes a call whose permit is still with the caller. Out of line and without it, so that there is nothing here to drop when the
+    /// inner service panics: then the inner future is written to its place at once. Moved there in one piece right after it was
+    /// written in several, it would wait for the writes to reach the cache.
+    #[inline(never)]
+    fn begin<Req>(&mut self, request: Req) -> ResponseFuture<S, Req, P, C, R>
+    where
+        S: Service<Req>,
+        P: Policy<Req>,
+        P::Wait: Hold<S, Req>,
+        C: Classify<Req, S::Response, S::Error>,
+        R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error>,
+    {
+        let kept = self.layer.keep::<S, Req>(&request);
         ResponseFuture {
-            state: State::Called { watch, kept },
+            state: State::Called {
+                call: Call {
+                    watch: Watch::unheld(self.inner.call(request)),
+                    kept: Some(kept),
+                },
+            },
         }
     }
 
@@ -725,9 +747,18 @@ pin_project! {
 }
 
 pin_project! {
+    /// A call that was made, and what is kept of its request.
+    struct Call<F, P: crate::permit::Permit, K> {
+        #[pin]
+        watch: Watch<F, P>,
+        kept: Option<K>,
+    }
+}
+
+pin_project! {
     #[project = Projection]
     enum State<F, P: crate::permit::Permit, K, W, H, R, RF> {
-        Called { #[pin] watch: Watch<F, P>, kept: Option<K> },
+        Called { #[pin] call: Call<F, P, K> },
         Waiting { #[pin] wait: W, held: Option<H>, kept: Option<K>, reject: R },
         Rejected { #[pin] future: RF },
     }
@@ -767,9 +798,10 @@ where
         let mut state = self.project().state;
         loop {
             let next = match state.as_mut().project() {
-                Projection::Called { watch, kept } => {
-                    let (result, permit) = ready!(watch.poll(cx));
-                    let (seen, pass) = kept.take().expect(ONCE);
+                Projection::Called { call } => {
+                    let call = call.project();
+                    let (result, permit) = ready!(call.watch.poll(cx));
+                    let (seen, pass) = call.kept.take().expect(ONCE);
                     let mut told = pass.into();
                     let now = Reading::new();
                     let result = failing_on_unwind(permit, |permit| {
@@ -790,8 +822,10 @@ where
                     let held = held.take().expect(ONCE);
                     match admitted {
                         Ok(permit) => State::Called {
-                            watch: Watch::start(permit, || P::Wait::call(held)),
-                            kept: kept.take(),
+                            call: Call {
+                                watch: Watch::start(permit, || P::Wait::call(held)),
+                                kept: kept.take(),
+                            },
                         },
                         Err(why) => State::Rejected {
                             future: reject.reject(P::Wait::request(held), why),

@@ -349,6 +349,23 @@ impl<F, P: Permit> Watch<F, P> {
     }
 }
 
+impl<F, P: Permit> Watch<F, P> {
+    /// A running call whose permit is still to come.
+    #[inline]
+    pub(crate) fn unheld(future: F) -> Self {
+        Self {
+            future,
+            held: Held(None),
+        }
+    }
+
+    /// Hands over the permit of an unheld call.
+    #[inline]
+    pub(crate) fn hold(&mut self, permit: Option<P>) {
+        std::mem::forget(std::mem::replace(&mut self.held.0, permit));
+    }
+}
+
 impl<F: Future, P: Permit> Watch<F, P> {
     /// The call's result, and the permit, still where it was.
     #[inline]

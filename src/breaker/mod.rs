@@ -528,8 +528,14 @@ impl CircuitBreaker {
     /// # Errors
     ///
     /// [`Reason::Open`], [`Reason::HalfOpenFull`] or [`Reason::ForcedOpen`].
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     pub fn try_acquire(&self) -> Result<CircuitBreakerPermit, Rejected> {
-        self.acquire_at(&Reading::new())
+        let now = Reading::new();
+        match self.glance(&Reservation::default(), &now) {
+            Some(permit) => Ok(permit),
+            None => self.acquire_at(&now),
+        }
     }
 
     pub(crate) fn acquire_at(&self, now: &Reading) -> Result<CircuitBreakerPermit, Rejected> {

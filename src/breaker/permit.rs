@@ -72,6 +72,8 @@ impl CircuitBreakerPermit {
     }
 
     /// How the call ended: an [`Outcome`], or a [`Verdict`] with more.
+    #[expect(clippy::inline_always, reason = "a permit that is handed over lies in memory")]
+    #[inline(always)]
     pub fn settle(self, verdict: impl Into<Verdict>) {
         Permit::settle(self, verdict.into(), &Reading::new());
     }
