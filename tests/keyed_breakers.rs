@@ -257,6 +257,22 @@ fn an_idle_key_is_found_however_many_cannot_go() {
 }
 
 #[test]
+fn the_next_new_key_looks_at_the_sixteen_after_those_that_the_last_one_looked_at() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 48);
+    for key in 0..48 {
+        let may_go = key == 31 || key == 47;
+        end(&set, key, if may_go { Outcome::Success } else { Outcome::Failure });
+    }
+    let of_each_sixteen = [(1, 0), (1, 1), (1, 2), (2, 2), (2, 3)];
+    for (new, expected) in (100_u32..).zip(of_each_sixteen) {
+        set.get(&new);
+        let status = set.status();
+        assert_eq!((status.overflowed, status.evicted), expected, "new key {new}");
+    }
+}
+
+#[test]
 fn if_all_were_used_the_one_that_has_its_place_for_the_longest_goes() {
     let clock = Clock::manual();
     let set = keyed(&clock, 100);
@@ -631,6 +647,28 @@ async fn a_request_without_a_key_is_rejected_shared_or_exempt() {
         assert!(ask(Missing::Shared).await.unwrap_err().is::<io::Error>());
     }
     assert_eq!(reason(ask(Missing::Shared).await), Reason::Open);
+}
+
+/// Else somebody could look for a key that shares its circuit with them.
+#[tokio::test]
+async fn the_circuit_of_requests_without_a_key_has_another_fingerprint_in_every_set() {
+    let clock = Clock::manual();
+    let mut shown = Vec::new();
+    for _ in 0..2 {
+        let set = keyed(&clock, 10);
+        let shops = set.by(|order: &Order| order.shop).missing(Missing::Shared);
+        let down = service_fn(async |_: Order| Err::<(), _>(io::Error::other("down")));
+        let service = ServiceBuilder::new()
+            .layer(CircuitBreakerLayer::new(shops))
+            .service(down);
+        for _ in 0..2 {
+            service.clone().oneshot(Order { shop: None }).await.unwrap_err();
+        }
+        let open = set.status().open_keys;
+        assert_eq!(open.len(), 1);
+        shown.extend(open);
+    }
+    assert_ne!(shown[0], shown[1]);
 }
 
 #[tokio::test]

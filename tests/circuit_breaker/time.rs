@@ -23,6 +23,15 @@ fn a_clock_that_stands_still_lets_calls_through_trips_and_keeps_the_circuit_open
 }
 
 #[test]
+fn a_breaker_tells_which_clock_it_reads() {
+    let (breaker, clock) = breaker(|builder| builder);
+    clock.advance(YEAR);
+    assert_eq!(breaker.clock().now(), clock.now());
+    clock.advance(NANO);
+    assert_eq!(breaker.clock().now(), clock.now());
+}
+
+#[test]
 fn a_jump_of_years_empties_the_windows_of_time_and_no_other() {
     let (breaker, clock) = breaker(|builder| {
         builder
