@@ -267,6 +267,23 @@ fn a_failure_from_before_a_reset_does_not_outlive_it() {
 }
 
 #[test]
+fn a_call_that_meets_a_circuit_while_it_is_disabled_counts_if_it_came_first() {
+    explore("a circuit is disabled while a call asks", 3, || {
+        let (breaker, clock) = breaker();
+        trip(&breaker);
+        clock.advance(nanos(OPEN));
+        let disables = breaker.clone();
+        let disables = spawn(move || disables.disable());
+        let permit = acquire(&breaker);
+        disables.join().unwrap();
+        let came_first = breaker.status().probes_in_flight == 1;
+        permit.settle(Outcome::Success);
+        assert_eq!(counts(&breaker), (u64::from(came_first), 1));
+        assert_eq!(breaker.status().probes_in_flight, 0);
+    });
+}
+
+#[test]
 fn there_are_never_more_probes_than_the_cap() {
     explore("two ask for one probe", 2, || {
         let (breaker, clock) = breaker();
