@@ -4,7 +4,8 @@ use futures_util::FutureExt;
 use portcullis::{
     Adaptive, Algorithm, CircuitBreaker, Clock, EventKind, GuardLayer, KeyedPermit, KeyedRateLimiter, KeysStatus,
     ManualClock, MetricsFormat, Outcome, RateLimitLayer, RateLimiter, Reason, Registry, RegistryError, Rejected,
-    SlidingWindow, TokenBucket, Verdict, policy::Missing,
+    SlidingWindow, TokenBucket, Verdict,
+    policy::{Missing, Policy, Reading},
 };
 use proptest::prelude::*;
 use std::{
@@ -104,6 +105,64 @@ fn a_full_set_gives_all_new_keys_one_quota_together() {
         for key in 0..5_u64 {
             limiter.try_acquire(&key).expect("those who are known keep their own");
         }
+    }
+}
+
+/// What a new key's next call would meet, as a pair asks it and as the status shows it: how long it is refused, if it is.
+fn met_by(limiter: &KeyedRateLimiter, new: u64) -> Option<Duration> {
+    let policy = limiter.by(|key: &u64| Some(*key));
+    let told = Policy::refusal(&policy, &(), &new, &Reading::new());
+    let told = told.map(|why| why.retry_after.expect("a quota comes back"));
+    let status = limiter.status();
+    assert_eq!(status.retry_after, told, "the status shows what a pair is told");
+    assert_eq!(told.is_none(), status.available_tokens >= 1.0);
+    told
+}
+
+#[test]
+fn what_a_new_key_would_meet_is_told_before_it_comes_and_is_what_it_meets() {
+    const HALF: Duration = Duration::from_secs(30);
+    for (name, algorithm) in [
+        ("token bucket", Algorithm::from(TokenBucket::new(1, MINUTE))),
+        ("sliding window", SlidingWindow::new(1, MINUTE).into()),
+        ("adaptive", Adaptive::new(1).window(MINUTE).into()),
+    ] {
+        let (limiter, clock) = keyed(algorithm, 2);
+        limiter.try_acquire(&1_u64).unwrap();
+        assert_eq!(met_by(&limiter, 9), None, "{name}: a place is free");
+        limiter.try_acquire(&2_u64).unwrap();
+        assert_eq!(met_by(&limiter, 9), None, "{name}: the overflow is unused");
+        clock.advance(HALF);
+        limiter.try_acquire(&3_u64).expect("the overflow's");
+        assert_eq!(met_by(&limiter, 9), Some(MINUTE), "{name}: the overflow is spent");
+        clock.advance(HALF.saturating_sub(Duration::from_nanos(1)));
+        let wait = HALF + Duration::from_nanos(1);
+        assert_eq!(met_by(&limiter, 9), Some(wait), "{name}: nobody has the whole quota");
+        let refused = limiter.try_acquire(&9_u64).unwrap_err();
+        assert_eq!(refused.retry_after, Some(wait), "{name}");
+        clock.advance(Duration::from_nanos(1));
+        assert_eq!(met_by(&limiter, 9), None, "{name}: two have, and one would make room");
+        assert_eq!(
+            (keys(&limiter).tracked, keys(&limiter).evicted),
+            (2, 0),
+            "{name}: whoever asks evicts nobody"
+        );
+        limiter.try_acquire(&9_u64).expect("its own quota");
+        assert_eq!(met_by(&limiter, 10), None, "{name}: the other would make room");
+        limiter.try_acquire(&10_u64).expect("its own quota");
+        assert_eq!(
+            met_by(&limiter, 11),
+            Some(HALF),
+            "{name}: the overflow's, which is not back"
+        );
+        clock.advance(HALF);
+        assert_eq!(met_by(&limiter, 11), None, "{name}: now it is");
+        let counted = keys(&limiter);
+        assert_eq!(
+            (counted.tracked, counted.evicted, counted.overflow_requests),
+            (2, 2, 2),
+            "{name}: what was only told is counted nowhere"
+        );
     }
 }
 
@@ -473,6 +532,21 @@ fn the_worst_offenders_are_shown_by_their_fingerprints() {
         other.fingerprint("a"),
         "nobody can look them up elsewhere"
     );
+}
+
+#[test]
+fn requests_without_a_key_are_shown_under_a_fingerprint_of_the_sets_own() {
+    let shown = || {
+        let (limiter, _) = keyed(TokenBucket::new(1, MINUTE), 100);
+        let service = RateLimitLayer::new(limiter.by(caller)).layer(yes());
+        for _ in 0..3 {
+            let _ = service.clone().oneshot(call(None)).now_or_never();
+        }
+        let worst = keys(&limiter).most_rejected;
+        assert_eq!((worst.len(), worst[0].rejected), (1, 2));
+        worst[0].key.clone()
+    };
+    assert_ne!(shown(), shown());
 }
 
 #[test]
