@@ -7,9 +7,9 @@ use axum::{
 };
 use futures_util::FutureExt;
 use portcullis::{
-    BoxError, CircuitBreaker, CircuitBreakerLayer, Clock, EventKind, Guard, GuardLayer, KeyedRateLimiter, ManualClock,
-    Outcome, RateLimitLayer, RateLimiter, Reason, Rejected, SlidingWindow, State, TokenBucket, Verdict,
-    policy::Waiting,
+    Adaptive, Algorithm, BoxError, CircuitBreaker, CircuitBreakerLayer, Clock, EventKind, Guard, GuardLayer,
+    KeyedRateLimiter, ManualClock, Outcome, RateLimitLayer, RateLimiter, Reason, Rejected, SlidingWindow, State,
+    TokenBucket, Verdict, policy::Waiting,
 };
 use std::{
     error::Error as StdError,
@@ -785,6 +785,31 @@ fn a_layer_tells_how_long_those_who_wait_come_first() {
     drop(waiter);
     let alone = limiter.try_acquire().unwrap_err();
     assert_eq!(why.retry_after, alone.retry_after.map(|wait| wait * 2));
+}
+
+#[test]
+fn a_layer_lets_no_call_overtake_those_who_wait() {
+    let minute = Duration::from_secs(60);
+    for algorithm in [
+        Algorithm::from(TokenBucket::new(3, minute)),
+        SlidingWindow::new(3, minute).into(),
+        Adaptive::new(3).window(minute).into(),
+    ] {
+        let clock = Clock::manual();
+        let limiter = RateLimiter::builder("search", algorithm).clock(&clock).build().unwrap();
+        limiter.try_acquire_n(2).unwrap();
+        let mut waiter = task::spawn(limiter.acquire_n(2));
+        assert!(waiter.poll().is_pending());
+        let guard = RateLimitLayer::new(limiter.clone()).layer(echo(&Arc::default()));
+        let why = rejection(guard.clone().oneshot(1).now_or_never().unwrap());
+        assert_eq!(
+            Some(why),
+            limiter.try_acquire().err(),
+            "the one that is there is the waiter's"
+        );
+        drop(waiter);
+        guard.oneshot(2).now_or_never().unwrap().expect("nobody waits any more");
+    }
 }
 
 #[test]

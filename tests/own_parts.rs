@@ -3,8 +3,8 @@
 
 use futures_util::FutureExt;
 use portcullis::{
-    BoxError, CircuitBreaker, Clock, GuardLayer, Name, Outcome, Quota, RateLimitLayer, RateLimiter, Reason, Rejected,
-    TokenBucket, Verdict,
+    Adaptive, BoxError, CircuitBreaker, Clock, GuardLayer, KeyedRateLimiter, Name, Outcome, Quota, RateLimitLayer,
+    RateLimiter, Reason, Rejected, TokenBucket, Verdict,
     classify::Classify,
     policy::{Admit, Gate, Glance, Later, Never, Permit, Policy, Readiness, Reading, Refusing},
     reject::Reject,
@@ -535,6 +535,68 @@ fn a_true_cost_that_a_classifier_tells_is_charged_alone_and_in_a_pair() {
         assert_eq!(limiter.status().available_tokens, 6.0);
     }
     assert_eq!(breaker.status().metrics.successful_requests, 2);
+}
+
+/// The permit of a call, as a policy that combines others holds it.
+fn permit_of<P: Policy<u32>>(policy: &P) -> P::Permit {
+    let now = Reading::new();
+    let Readiness::Ready(reserved) = policy.look(&now) else {
+        panic!("a limit refuses nobody before it sees the request")
+    };
+    match policy.admit(reserved, &7, &now) {
+        Admit::Now(permit) => permit,
+        Admit::Later(_) | Admit::Rejected(_) => panic!("there is room"),
+    }
+}
+
+#[test]
+fn a_call_that_is_cancelled_costs_what_is_known_by_then_where_its_cost_was_an_estimate() {
+    let bucket = TokenBucket::new(20, Duration::from_secs(60));
+    for (known, charged) in [(None, 5), (Some(2), 2), (Some(5), 5), (Some(8), 8), (Some(0), 0)] {
+        let limiter = RateLimiter::builder("search", bucket).clock(Clock::manual()).build();
+        let limiter = limiter.unwrap();
+        let remains = || limiter.quota().remaining;
+        permit_of(&limiter.cost(|_: &u32| 5)).cancel(known, &Reading::new());
+        assert_eq!(remains(), 20 - charged, "{known:?}");
+        permit_of(&limiter).cancel(known, &Reading::new());
+        assert_eq!(remains(), 19 - charged, "{known:?}: who counts calls counts one");
+
+        let keyed = KeyedRateLimiter::builder("search", bucket)
+            .clock(Clock::manual())
+            .build();
+        let keyed = keyed.unwrap();
+        let by = || keyed.by(|request: &u32| Some(*request));
+        let remains = || {
+            keyed
+                .try_acquire_n(&7_u32, 21)
+                .unwrap_err()
+                .quota()
+                .expect("told")
+                .remaining
+        };
+        permit_of(&by().cost(|_: &u32| 5)).cancel(known, &Reading::new());
+        assert_eq!(remains(), 20 - charged, "{known:?}, of a key");
+        permit_of(&by()).cancel(known, &Reading::new());
+        assert_eq!(
+            remains(),
+            19 - charged,
+            "{known:?}, of a key: who counts calls counts one"
+        );
+    }
+}
+
+#[test]
+fn an_adaptive_limit_learns_from_a_call_that_is_cancelled_what_it_was_told_to() {
+    let window = Duration::from_secs(60);
+    let adaptive = Adaptive::new(10).window(window).minimum_calls(1).adjustment_factor(0.5);
+    for (cancelled, rate) in [(Outcome::Failure, 5.0), (Outcome::Ignored, 10.0)] {
+        let clock = Clock::manual();
+        let limiter = RateLimiter::builder("search", adaptive.cancelled(cancelled)).clock(&clock);
+        let limiter = limiter.build().unwrap();
+        permit_of(&limiter).cancel(None, &Reading::new());
+        clock.advance(window);
+        assert_eq!(limiter.status().rate, rate);
+    }
 }
 
 /// Not ready until a door is opened; wakes who waits for it.

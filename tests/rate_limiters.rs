@@ -411,6 +411,15 @@ fn a_large_burst_of_a_slow_rate_neither_wraps_nor_overflows() {
     assert_eq!(drain(&limiter), 99 * 1461 / 4, "a day brings one");
 }
 
+/// Tokens are counted in fractions here, one in 59 milliseconds; at the end of a year none is in the making.
+#[test]
+fn a_burst_that_is_used_whole_puts_the_next_token_off_by_nothing() {
+    let (clock, limiter) = limiter(TokenBucket::new(1, YEAR).burst(u32::MAX));
+    clock.advance(YEAR);
+    limiter.try_acquire_n(u32::MAX).expect("a full bucket");
+    assert_eq!(acquire_when_told(&clock, &limiter, 1), YEAR);
+}
+
 // ---- what the algorithms mean ----
 
 #[test]
@@ -533,6 +542,29 @@ fn a_time_that_lies_behind_is_answered_and_brings_nothing() {
             clock.advance((2 * MINUTE).saturating_sub(clock.now().duration_since(start)));
             assert!(drain(&limiter) <= 3);
         }
+    }
+}
+
+/// What has been used of a rate that stays counts from where the limiter began, also at a time before the window that has ended.
+#[test]
+fn a_time_that_lies_behind_finds_at_an_adaptive_limit_what_it_finds_in_a_bucket() {
+    for algorithm in [
+        Algorithm::from(TokenBucket::new(10, 10 * SECOND)),
+        Adaptive::new(10).window(10 * SECOND).into(),
+    ] {
+        let (clock, limiter) = limiter(algorithm);
+        clock.advance(5 * SECOND);
+        limiter.try_acquire_n(10).expect("full");
+        clock.advance(6 * SECOND);
+        limiter.try_acquire().expect("six have come");
+        clock.rewind(4 * SECOND);
+        let available = limiter.status().available_tokens;
+        assert!(
+            equal(available, 1.0),
+            "{algorithm:?}: of two that have come one is used, not {available}"
+        );
+        assert_eq!(drain(&limiter), 1, "{algorithm:?}");
+        assert_eq!(wait_of(limiter.try_acquire()), SECOND, "{algorithm:?}");
     }
 }
 

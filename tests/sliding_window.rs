@@ -192,6 +192,42 @@ fn a_cost_is_given_back_whole_or_not_at_all() {
 }
 
 #[test]
+fn from_64_requests_on_calls_of_other_threads_need_not_keep_a_permit_from_coming_back() {
+    let crew = Crew::new();
+    let (_, first) = limiter(SlidingWindow::new(100, MINUTE));
+    // Each thread has a part of its own once it has called.
+    (0..Crew::SIZE).for_each(|thread| drop(crew.take(thread, &first, 1).expect("there is room")));
+    for (quota, may) in [(63, false), (64, true)] {
+        let comes_back = |thread| {
+            let (clock, limiter) = limiter(SlidingWindow::new(quota, MINUTE));
+            let permit = crew.take(0, &limiter, 1).expect("there is room");
+            clock.advance(SECOND);
+            crew.take(thread, &limiter, 1).expect("there is room");
+            crew.on(0, move || permit.unused());
+            limiter.status().returned_requests == 1
+        };
+        assert!(!comes_back(0), "{quota}: a call of the same thread came later");
+        assert_eq!((1..Crew::SIZE).any(comes_back), may, "a quota of {quota}");
+    }
+}
+
+#[test]
+fn a_refusal_tells_that_nothing_remains_whatever_the_order_of_the_times() {
+    for quota in [2, 62] {
+        let (clock, limiter) = limiter(SlidingWindow::new(quota, MINUTE));
+        clock.advance(10 * SECOND);
+        limiter.try_acquire_n(quota / 2).expect("there is room");
+        clock.rewind(10 * SECOND);
+        // As of a thread that has read the time before the others, and is served after them.
+        limiter.try_acquire_n(quota / 2).expect("there is room");
+        clock.advance(MINUTE);
+        let refused = limiter.try_acquire().expect_err("the first are not a minute old");
+        assert_eq!(refused.retry_after, Some(10 * SECOND));
+        assert_eq!(refused.quota().expect("told").remaining, 0, "a quota of {quota}");
+    }
+}
+
+#[test]
 fn admissions_of_one_instant_are_given_back_in_any_order() {
     let crew = Crew::new();
     for quota in QUOTAS {

@@ -291,6 +291,42 @@ fn who_gives_up_in_the_middle_of_the_line_is_told_when_its_turn_would_have_been(
 }
 
 #[test]
+fn who_gives_up_is_told_its_turn_whoever_was_served_before_it_came() {
+    let (clock, limiter) = limiter(TokenBucket::new(1, SECOND).burst(10));
+    let reserved = limiter.try_acquire_n(10).unwrap();
+    let mut first = waiting(limiter.acquire());
+    clock.advance(SECOND);
+    admitted(&mut first);
+    let _second = waiting(limiter.acquire());
+    let mut third = waiting(limiter.acquire_within(2, 3 * SECOND));
+    let _fourth = waiting(limiter.acquire());
+    // The call before them turns out to have cost five more.
+    reserved.settle(Verdict::new(Outcome::Success).cost(15));
+    clock.advance(3 * SECOND);
+    assert_eq!(refused(&mut third).retry_after, Some(5 * SECOND), "one is before it");
+}
+
+#[test]
+fn who_comes_to_a_window_is_told_when_those_who_wait_leave_it_room() {
+    let (clock, limiter) = limiter(SlidingWindow::new(2, 60 * SECOND));
+    limiter.try_acquire().unwrap();
+    clock.advance(10 * SECOND);
+    limiter.try_acquire().unwrap();
+    let mut line = Vec::new();
+    // Two places come back 50 and 60 seconds from now, and each again a window after it was taken.
+    for wait in [50, 60, 110, 120, 170] {
+        assert_eq!(
+            limiter.status().retry_after,
+            Some(wait * SECOND),
+            "behind {}",
+            line.len()
+        );
+        assert_eq!(wait_of(limiter.try_acquire()), wait * SECOND, "behind {}", line.len());
+        line.push(waiting(limiter.acquire()));
+    }
+}
+
+#[test]
 fn who_tries_when_all_who_waited_have_been_served_gets_what_is_left() {
     for algorithm in [
         Algorithm::from(TokenBucket::new(1, SECOND).burst(3)),
@@ -470,6 +506,35 @@ fn a_waiter_sees_the_rate_rise_while_it_waits() {
         clock.advance(NANOSECOND);
         admitted(&mut waiter);
     }
+}
+
+#[test]
+fn a_waiter_that_is_the_front_sees_every_rise_of_the_rate() {
+    let adaptive = Adaptive::new(10).burst(40).window(60 * SECOND).minimum_calls(1);
+    let (clock, limiter) = limiter(adaptive.adjustment_factor(0.5));
+    let permits = [limiter.try_acquire_n(20).unwrap(), limiter.try_acquire_n(20).unwrap()];
+    let mut waiter = waiting(limiter.acquire_n(40));
+    let [in_the_first, in_the_second] = permits;
+    clock.advance(30 * SECOND);
+    in_the_first.settle(Outcome::Success);
+    settle_down(&mut waiter);
+    clock.advance(30 * SECOND);
+    // 15 a minute from now on.
+    settle_down(&mut waiter);
+    clock.advance(30 * SECOND);
+    // More than half of what the rate brings in a window.
+    in_the_second.settle(Verdict::new(Outcome::Success).cost(28));
+    settle_down(&mut waiter);
+    clock.advance(30 * SECOND);
+    // 10 and 15 have come, 8 of them are used; 20 a minute from now on. Nobody else comes by.
+    assert!(waiter.is_woken(), "the end of the window may bring its time nearer");
+    settle_down(&mut waiter);
+    clock.advance(60 * SECOND);
+    settle_down(&mut waiter);
+    clock.advance(just_before(9 * SECOND));
+    assert!(!waiter.is_woken(), "23 are missing at the end of the second window");
+    clock.advance(NANOSECOND);
+    admitted(&mut waiter);
 }
 
 #[test]
