@@ -1540,6 +1540,35 @@ fn a_verdict_reaches_both_of_a_pair_and_every_part_of_a_nested_one() {
 }
 
 #[test]
+fn an_adaptive_limit_learns_alone_and_in_a_pair_how_the_calls_behind_a_layer_end() {
+    let minute = Duration::from_secs(60);
+    let adaptive = Adaptive::new(10).window(minute).minimum_calls(1).adjustment_factor(0.5);
+    for paired in [false, true] {
+        for fails in [false, true] {
+            let clock = Clock::manual();
+            let limiter = RateLimiter::builder("search", adaptive).clock(&clock).build().unwrap();
+            let judge = move |_: &Result<u32, Down>| if fails { Outcome::Failure } else { Outcome::Success };
+            let calls = (0..5).filter(|call| {
+                let inner = echo(&Arc::default());
+                let answer = if paired {
+                    let pair = (closed(&clock), limiter.clone());
+                    let layer = GuardLayer::new(pair).classify(judge);
+                    layer.layer(inner).oneshot(*call).now_or_never()
+                } else {
+                    let layer = RateLimitLayer::new(limiter.clone()).classify(judge);
+                    layer.layer(inner).oneshot(*call).now_or_never()
+                };
+                answer.unwrap().is_ok()
+            });
+            assert_eq!(calls.count(), 5);
+            clock.advance(minute);
+            let expected = if fails { 5.0 } else { 15.0 };
+            assert_eq!(limiter.status().rate, expected, "paired: {paired}, fails: {fails}");
+        }
+    }
+}
+
+#[test]
 fn a_rejection_counts_at_the_limiter_of_a_pair_that_refused_even_if_both_have_one_name() {
     let clock = Clock::manual();
     let world = Arc::new(World::default());
