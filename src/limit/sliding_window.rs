@@ -918,6 +918,37 @@ mod model {
     }
 
     #[test]
+    fn a_refund_that_comes_too_late_and_finds_its_lane_held_is_not_made() {
+        explore("one wants both slots, one gives back what another followed", 2, || {
+            let window = window(2, 2);
+            let stale = take(&window, 0, after(0)).expect("a free slot");
+            let later = after(1_000_000_000);
+            take(&window, 0, later).expect("a window later");
+            let other = window.clone();
+            let refused = spawn(move || other.take_from_all(1, 2, other.stamp(later)).is_err());
+            assert!(!window.give_back_beginning_with(0, stale, 1), "its slot is another's");
+            assert!(refused.join().unwrap(), "there were never two");
+            assert_eq!(left(&window, later), 1);
+        });
+    }
+
+    #[test]
+    fn what_is_claimed_and_not_written_yet_counts_from_now() {
+        explore("one takes the only slot, one asks when it is free", 3, || {
+            let window = window(1, 1);
+            let other = window.clone();
+            let takes = spawn(move || take(&other, 0, after(0)).is_some());
+            let mine = window.take_beginning_with(0, 1, after(0));
+            // It is one's or the other's by now.
+            assert_eq!(window.full_again(after(0)), after(1_000_000_000));
+            assert!(mine.is_ok() ^ takes.join().unwrap(), "exactly one of them");
+            if let Err(until) = mine {
+                assert_eq!(until, after(1_000_000_000));
+            }
+        });
+    }
+
+    #[test]
     fn a_slot_that_is_taken_and_given_back_under_a_taker_is_not_taken_twice() {
         for (slots, lanes) in [(1, 1), (2, 2)] {
             explore("one takes and gives back, one takes", 3, move || {
