@@ -225,13 +225,43 @@ fn an_answer_without_a_body_is_judged_at_its_head() {
         // A server drops such a body without a look at it.
         assert_eq!(http(response(status, &[], script([]))), (SUCCESS, SUCCESS), "{status}");
     }
+    for method in [Method::HEAD, Method::CONNECT] {
+        let world = World::default();
+        let service =
+            CircuitBreakerLayer::http(world.breaker.clone()).layer(serves(response(200, &[], script([Step::Wait]))));
+        let mut request = get();
+        *request.method_mut() = method.clone();
+        drop(service.oneshot(request).now_or_never().unwrap().unwrap());
+        assert_eq!(world.counts(), SUCCESS, "{method} has no body");
+    }
+}
+
+#[test]
+fn an_answer_without_a_body_is_judged_at_its_head_by_the_classifier_of_grpc_as_well() {
+    for (method, status, counts) in [
+        (Method::HEAD, 200, SUCCESS),
+        (Method::CONNECT, 200, SUCCESS),
+        (Method::GET, 101, SUCCESS),
+        (Method::GET, 204, SUCCESS),
+        (Method::GET, 304, SUCCESS),
+        (Method::HEAD, 500, FAILURE),
+        (Method::GET, 200, CANCELLED),
+    ] {
+        let world = World::default();
+        let service =
+            CircuitBreakerLayer::grpc(world.breaker.clone()).layer(serves(response(status, &[], script([Step::Wait]))));
+        let mut request = get();
+        *request.method_mut() = method.clone();
+        drop(service.oneshot(request).now_or_never().unwrap().unwrap());
+        assert_eq!(world.counts(), counts, "{method} {status}, of which nothing was read");
+    }
     let world = World::default();
     let service =
-        CircuitBreakerLayer::http(world.breaker.clone()).layer(serves(response(200, &[], script([Step::Wait]))));
-    let mut head = get();
-    *head.method_mut() = Method::HEAD;
-    drop(service.oneshot(head).now_or_never().unwrap().unwrap());
-    assert_eq!(world.counts(), SUCCESS, "HEAD has no body");
+        CircuitBreakerLayer::grpc(world.breaker.clone()).layer(serves(response(200, &[], script([Step::Wait]))));
+    let mut call = grpc_call();
+    *call.method_mut() = Method::HEAD;
+    drop(service.oneshot(call).now_or_never().unwrap().unwrap());
+    assert_eq!(world.counts(), CANCELLED, "the status of a gRPC call was still to come");
 }
 
 #[test]
@@ -1276,6 +1306,7 @@ mod tower_http {
         let by_status = TowerHttpClassifier::new(SharedClassifier::new(ServerErrorsAsFailures::new()));
         for (method, status) in [
             (Method::HEAD, 200),
+            (Method::CONNECT, 200),
             (Method::GET, 101),
             (Method::GET, 204),
             (Method::GET, 304),

@@ -169,7 +169,7 @@ where
 /// | any other status | success when the body has ended; failure if it breaks off |
 /// | a body that is dropped before its end | cancelled; success if it had sent all that its `Content-Length` announces |
 ///
-/// Where there is no body (a `HEAD` request, 1xx, 204, 304, an empty one) the head is the end. So a half-open probe holds its slot
+/// Where there is no body (a `HEAD` or `CONNECT` request, 1xx, 204, 304, an empty one) the head is the end. So a half-open probe holds its slot
 /// until its answer has been streamed, and a slow call is measured to the end of its body: on a server, as fast as the caller reads.
 ///
 /// A client that looks at the head alone and drops the rest cancels its calls: no probe of it closes a circuit. Read the body to its
@@ -238,7 +238,7 @@ impl Judge for HttpClassifier {
     type AtEnd = CleanEnd;
 
     fn see<B>(&self, request: &Request<B>) -> bool {
-        request.method() != Method::HEAD
+        asks_for_body(request.method())
     }
 
     fn head<B>(&self, has_body: bool, response: &Response<B>) -> Judged<CleanEnd> {
@@ -253,7 +253,13 @@ impl Judge for HttpClassifier {
     }
 }
 
-/// Whether an answer of this status has a body, but to a `HEAD`. A server drops one that should not be there unread.
+/// Whether the answer to such a request has a body. What follows the head of a `CONNECT` belongs to the tunnel: a server drops the
+/// body unread.
+pub(super) fn asks_for_body(method: &Method) -> bool {
+    !matches!(*method, Method::HEAD | Method::CONNECT)
+}
+
+/// Whether an answer of this status has a body, if the request asks for one. A server drops one that should not be there unread.
 pub(super) fn may_have_body(status: StatusCode) -> bool {
     !status.is_informational() && !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
 }
@@ -318,7 +324,8 @@ pub(super) fn retry_after<B>(response: &Response<B>) -> Option<Duration> {
 ///
 /// A request without a content type of gRPC (a health check, a browser's preflight, a page that is served beside the services) is
 /// no gRPC call, and an answer without a `grpc-status` no failed one: a 5xx and a body that breaks off are failures, all else is a
-/// success. So nobody opens the circuit by asking for a page.
+/// success. So nobody opens the circuit by asking for a page. Where such an answer has no body the head is the end, as with
+/// [`HttpClassifier`].
 ///
 /// A gRPC-Web body carries its trailers as data, where they are not looked for: its clean end is a success. Put the layer inside
 /// the one that translates gRPC-Web.
@@ -436,15 +443,15 @@ fn code_of(status: StatusCode) -> usize {
 }
 
 impl Judge for GrpcClassifier {
-    /// Whether it was a gRPC call.
-    type Seen = bool;
+    /// Whether it was a gRPC call, and whether the response will have a body.
+    type Seen = (bool, bool);
     type AtEnd = GrpcEnd;
 
-    fn see<B>(&self, request: &Request<B>) -> bool {
-        is_grpc(request.headers())
+    fn see<B>(&self, request: &Request<B>) -> (bool, bool) {
+        (is_grpc(request.headers()), asks_for_body(request.method()))
     }
 
-    fn head<B>(&self, is_call: bool, response: &Response<B>) -> Judged<GrpcEnd> {
+    fn head<B>(&self, (is_call, has_body): (bool, bool), response: &Response<B>) -> Judged<GrpcEnd> {
         let headers = response.headers();
         if let Some(verdict) = self.by_status(headers) {
             return Judged::Now(verdict);
@@ -456,10 +463,16 @@ impl Judge for GrpcClassifier {
             verdict.retry_after = verdict.retry_after.or_else(|| retry_after(response));
             return Judged::Now(verdict);
         }
-        Judged::AtEnd(GrpcEnd {
+        let end = GrpcEnd {
             classifier: *self,
             needs_status: is_call && !is_web(headers),
-        })
+        };
+        // The status of a call is looked for wherever a body may be; others are judged as over HTTP.
+        if is_call || has_body && may_have_body(response.status()) {
+            Judged::AtEnd(end)
+        } else {
+            Judged::Now(end.end(None))
+        }
     }
 }
 

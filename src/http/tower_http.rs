@@ -1,8 +1,8 @@
 //! tower-http's classifiers as judges.
 
-use super::classify::{Judge, JudgeEnd, Judged, may_have_body, retry_after};
+use super::classify::{Judge, JudgeEnd, Judged, asks_for_body, may_have_body, retry_after};
 use crate::permit::{Outcome, Verdict};
-use http::{HeaderMap, Method, Request, Response};
+use http::{HeaderMap, Request, Response};
 use tower_http::classify::{ClassifiedResponse, ClassifyEos, ClassifyResponse, MakeClassifier};
 
 /// A classifier of tower-http as a classifier of a layer: what it calls a failure is one.
@@ -38,7 +38,7 @@ impl<M: MakeClassifier + Clone> Judge for TowerHttpClassifier<M> {
     type AtEnd = TowerHttpEnd<M::ClassifyEos>;
 
     fn see<B>(&self, request: &Request<B>) -> Self::Seen {
-        (self.0.make_classifier(request), request.method() != Method::HEAD)
+        (self.0.make_classifier(request), asks_for_body(request.method()))
     }
 
     fn head<B>(&self, (classifier, has_body): Self::Seen, response: &Response<B>) -> Judged<Self::AtEnd> {
