@@ -34,7 +34,7 @@ use std::{cmp::Reverse, iter, time::Duration};
 #[non_exhaustive]
 pub enum RateLimitHeaders {
     /// `RateLimit-Policy: "per-minute";q=100;w=60` and `RateLimit: "per-minute";r=99;t=1`. What a name may not hold there
-    /// (all but printable ASCII) is percent-encoded.
+    /// (all but printable ASCII), and `%`, is percent-encoded.
     #[default]
     Draft11,
     /// `RateLimit-Policy: 100;w=60` and `RateLimit: limit=100, remaining=99, reset=1`.
@@ -217,14 +217,26 @@ fn draft_7(headers: &mut HeaderMap, ours: HeaderValue) {
 }
 
 /// Of a dictionary of RFC 9651: over any number of lines, of a key that comes twice the last.
-fn member<'a>(lines: impl DoubleEndedIterator<Item = &'a HeaderValue>, name: &str) -> Option<u64> {
-    let members = lines
-        .filter_map(|line| line.to_str().ok())
-        .flat_map(|line| line.split(','));
+fn member<'a>(lines: impl Iterator<Item = &'a HeaderValue>, name: &str) -> Option<u64> {
+    let members = lines.filter_map(|line| line.to_str().ok()).flat_map(split);
     let named = members.filter_map(|member| member.trim().split_once('='));
-    let (_, value) = named.rev().find(|(key, _)| *key == name)?;
+    let (_, value) = named.filter(|(key, _)| *key == name).last()?;
     let without_parameters = value.split(';').next()?;
     without_parameters.trim().parse().ok()
+}
+
+/// The members of a dictionary: what its commas part, but for those in strings.
+fn split(line: &str) -> impl Iterator<Item = &str> {
+    let (mut in_string, mut escaped) = (false, false);
+    line.split(move |character| {
+        match character {
+            _ if escaped => escaped = false,
+            '\\' if in_string => escaped = true,
+            '"' => in_string = !in_string,
+            _ => {}
+        }
+        character == ',' && !in_string
+    })
 }
 
 fn single(headers: &mut HeaderMap, names: &Names, ours: [HeaderValue; 3]) {
@@ -246,9 +258,9 @@ fn stands(theirs: [Option<u64>; 2], ours: [Option<u64>; 2]) -> bool {
     tightness(theirs).is_some_and(|theirs| Some(theirs) <= tightness(ours))
 }
 
-/// A string of RFC 9651: printable ASCII in quotes.
+/// A string of RFC 9651: printable ASCII in quotes. `%` is escaped as well, so that no two names are written alike.
 fn sf_string(text: &mut BytesMut, string: &[u8]) {
-    let is_plain = |byte: &u8| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
+    let is_plain = |byte: &u8| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\' | b'%');
     text.put_slice(b"\"");
     if string.iter().all(is_plain) {
         text.put_slice(string);
@@ -256,7 +268,7 @@ fn sf_string(text: &mut BytesMut, string: &[u8]) {
         for byte in string {
             match byte {
                 b'"' | b'\\' => text.put_slice(&[b'\\', *byte]),
-                b' '..=b'~' => text.put_slice(&[*byte]),
+                b' '..=b'~' if *byte != b'%' => text.put_slice(&[*byte]),
                 _ => text.put_slice(&escaped(*byte)),
             }
         }
