@@ -9,8 +9,9 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::{StreamExt, future::join_all, stream};
-use http::{Request, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Empty, Full};
+use hyper::body::Incoming;
 use hyper_util::{
     client::legacy::Client,
     rt::{TokioExecutor, TokioIo},
@@ -18,8 +19,8 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use portcullis::{
-    CircuitBreaker, CircuitBreakerLayer, ClientIp, Clock, KeyedRateLimiter, RateLimitLayer, RateLimiter, SlidingWindow,
-    State, TokenBucket,
+    CircuitBreaker, CircuitBreakerLayer, ClientIp, Clock, KeyedRateLimiter, Outcome, RateLimitLayer, RateLimiter,
+    SlidingWindow, State, TokenBucket,
 };
 use std::{
     convert::Infallible,
@@ -365,6 +366,57 @@ async fn a_connection_is_upgraded_through_the_layers_of_both_sides() {
     for breaker in [inbound, outbound] {
         let metrics = breaker.status().metrics;
         assert_eq!((metrics.successful_requests, metrics.total_requests), (1, 1));
+    }
+}
+
+/// The tunnel is what follows the head: the server drops the body of that answer unread, whatever is in it.
+#[tokio::test]
+async fn a_probe_that_opens_a_tunnel_closes_the_circuits_of_both_sides() {
+    let clock = Clock::manual();
+    let [inbound, outbound] = ["inbound", "outbound"].map(|name| {
+        let breaker = CircuitBreaker::builder(name)
+            .failure_threshold(1)
+            .success_threshold(1)
+            .clock(&clock)
+            .build()
+            .unwrap();
+        breaker.try_acquire().unwrap().settle(Outcome::Failure);
+        breaker
+    });
+    clock.advance(Duration::from_secs(60));
+    let proxy = service_fn(async |request: Request<Incoming>| {
+        assert_eq!(request.method(), Method::CONNECT);
+        tokio::spawn(async move {
+            let upgraded = hyper::upgrade::on(request).await.unwrap();
+            let (mut read, mut write) = tokio::io::split(TokioIo::new(upgraded));
+            tokio::io::copy(&mut read, &mut write).await.unwrap();
+        });
+        let body = Body::from_stream(stream::iter([Ok::<_, Infallible>("of no length that is known")]));
+        Ok::<_, Infallible>(Response::new(body))
+    });
+    let (listener, server) = listen().await;
+    let guarded = TowerToHyperService::new(CircuitBreakerLayer::http(inbound.clone()).layer(proxy));
+    tokio::spawn(async move {
+        let (connection, _) = listener.accept().await.unwrap();
+        let builder = auto::Builder::new(TokioExecutor::new());
+        let serving = builder.serve_connection_with_upgrades(TokioIo::new(connection), guarded);
+        serving.await.unwrap();
+    });
+
+    let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
+    let client = CircuitBreakerLayer::http(outbound.clone()).layer(client);
+    let request = Request::connect(server.to_string()).body(Empty::new()).unwrap();
+    let answer = client.oneshot(request).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    let mut tunnel = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
+    tunnel.write_all(b"hello").await.unwrap();
+    let mut echoed = [0; 5];
+    tunnel.read_exact(&mut echoed).await.unwrap();
+    assert_eq!(&echoed, b"hello");
+    for breaker in [inbound, outbound] {
+        assert_eq!(breaker.state(), State::Closed, "{}", breaker.name());
+        let metrics = breaker.status().metrics;
+        assert_eq!((metrics.successful_requests, metrics.total_requests), (1, 2));
     }
 }
 

@@ -175,6 +175,9 @@ where
 /// A client that looks at the head alone and drops the rest cancels its calls: no probe of it closes a circuit. Read the body to its
 /// end, or say with [`cancelled`](crate::CircuitBreakerConfig::cancelled) what such a call counts as.
 ///
+/// A body ends where it says so. One that is shorter than its `Content-Length` is an error of hyper's client, and so a failure in
+/// front of it; in a server the service that sends it has succeeded, and hyper breaks the answer off behind the layer.
+///
 /// A `Retry-After` of a 429 or 503 goes to the breaker, which heeds it if it
 /// [honours](crate::CircuitBreakerConfig::honor_retry_after) it, up to its cap: seconds, or a date if the response has a `Date` to
 /// compare it with.
