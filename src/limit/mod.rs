@@ -340,8 +340,14 @@ impl RateLimiter {
     /// # Errors
     ///
     /// [`Reason::OverLimit`], with the exact time after which a caller alone is admitted.
+    #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
+    #[inline(always)]
     pub fn try_acquire(&self) -> Result<RateLimitPermit, Rejected> {
-        self.try_acquire_n(1)
+        let now = Reading::new();
+        match self.glance(&now) {
+            Some(permit) => Ok(permit),
+            None => self.acquire_at(1, &now.again()),
+        }
     }
 
     /// [`try_acquire`](Self::try_acquire) for a call that costs `cost`: all or nothing. A cost of zero is free.
@@ -691,6 +697,8 @@ impl RateLimitPermit {
     }
 
     /// How the call ended: an [`Outcome`], or a [`Verdict`] with its true cost.
+    #[expect(clippy::inline_always, reason = "a permit that is handed over lies in memory")]
+    #[inline(always)]
     pub fn settle(self, verdict: impl Into<Verdict>) {
         Permit::settle(self, verdict.into(), &Reading::new());
     }
@@ -740,6 +748,9 @@ impl Permit for RateLimitPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn settle(mut self, verdict: Verdict, now: &Reading) {
+        if self.0.settle_quickly(&verdict) {
+            return;
+        }
         let metered = verdict.metered.filter(|_| self.0.estimated);
         self.end(Some(verdict.outcome), verdict.cost.or(metered), now);
     }
