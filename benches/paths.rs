@@ -140,7 +140,7 @@ fn paths() -> Vec<Row> {
         ("token-bucket-cloned", true, || cloned(RateLimitLayer::new(plenty()))),
         ("token-bucket-refusing", false, || through(RateLimitLayer::new(spent()))),
         ("sliding-window", true, || {
-            through(RateLimitLayer::new(limiter(SlidingWindow::new(1 << 24, SECOND))))
+            through(RateLimitLayer::new(limiter(SlidingWindow::new(1 << 20, SECOND))))
         }),
         ("keyed", true, || {
             let limiter = KeyedRateLimiter::builder("bench", TokenBucket::new(u32::MAX, SECOND))
