@@ -169,8 +169,9 @@ where
 /// | any other status | success when the body has ended; failure if it breaks off |
 /// | a body that is dropped before its end | cancelled; success if it had sent all that its `Content-Length` announces |
 ///
-/// Where there is no body (a `HEAD` or `CONNECT` request, 1xx, 204, 304, an empty one) the head is the end. So a half-open probe holds its slot
-/// until its answer has been streamed, and a slow call is measured to the end of its body: on a server, as fast as the caller reads.
+/// Where there is no body (a `HEAD` or `CONNECT` request, 1xx, 204, 304, an empty one) the head is the end. So a half-open probe holds
+/// its slot until its answer has been streamed, and a slow call is measured to the end of its body: on a server, as fast as the caller
+/// reads.
 ///
 /// A client that looks at the head alone and drops the rest cancels its calls: no probe of it closes a circuit. Read the body to its
 /// end, or say with [`cancelled`](crate::CircuitBreakerConfig::cancelled) what such a call counts as.
