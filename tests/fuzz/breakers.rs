@@ -257,7 +257,11 @@ impl Run {
             }
         }
         let status = self.breaker.status();
-        assert!(status.success_count >= 32, "it does not close: {status:?}");
+        // The last step may have been the one that closed it.
+        assert!(
+            status.state == State::Closed || status.success_count >= 32,
+            "it does not close: {status:?}"
+        );
     }
 }
 
