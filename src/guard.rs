@@ -434,7 +434,8 @@ where
     type Error = R::Error;
     type Future = ResponseFuture<S, Req, P, C, R>;
 
-    #[inline]
+    #[expect(clippy::inline_always, reason = "else the caller is answered through memory")]
+    #[inline(always)]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         let now = Reading::new();
         let reserved = match std::mem::replace(&mut self.ready, Ready::No) {
@@ -476,7 +477,8 @@ where
         }
     }
 
-    #[inline]
+    #[expect(clippy::inline_always, reason = "as `poll_ready`")]
+    #[inline(always)]
     fn call(&mut self, request: Req) -> Self::Future {
         match std::mem::replace(&mut self.ready, Ready::No) {
             Ready::Yes(reserved) => {
@@ -792,7 +794,7 @@ where
 {
     type Output = Result<R::Response, R::Error>;
 
-    #[inline]
+    #[inline(always)]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         const ONCE: &str = "polled after it was ready";
         let mut state = self.project().state;
