@@ -692,7 +692,7 @@ pub struct RateLimitPermit(Admitted<Core>);
 impl RateLimitPermit {
     /// A permit whose cost was an estimate.
     pub(crate) fn estimated(mut self) -> Self {
-        self.0.estimated = true;
+        self.0.set_estimated(true);
         self
     }
 
@@ -713,14 +713,14 @@ impl RateLimitPermit {
     /// What the permit took from the limit.
     #[must_use]
     pub fn cost(&self) -> u32 {
-        self.0.cost
+        self.0.cost()
     }
 
     /// Tells the limiter how the call ended, if it wants to know.
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn end(&mut self, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
-        let reserved = self.0.cost;
+        let reserved = self.0.cost();
         let cost = cost.filter(|cost| *cost != reserved);
         if let Some((share, asked)) = self.0.take()
             && (asked || cost.is_some())
@@ -751,7 +751,7 @@ impl Permit for RateLimitPermit {
         if self.0.settle_quickly(&verdict) {
             return;
         }
-        let metered = verdict.metered.filter(|_| self.0.estimated);
+        let metered = verdict.metered.filter(|_| self.0.is_estimated());
         self.end(Some(verdict.outcome), verdict.cost.or(metered), now);
     }
 
@@ -764,7 +764,7 @@ impl Permit for RateLimitPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn cancel(mut self, cost: Option<u32>, now: &Reading) {
-        let cost = cost.filter(|_| self.0.estimated);
+        let cost = cost.filter(|_| self.0.is_estimated());
         self.end(None, cost, now);
     }
 
@@ -777,7 +777,7 @@ impl Permit for RateLimitPermit {
     fn unused(mut self, now: &Reading) {
         if let Some((share, _)) = self.0.take() {
             let core = share.state();
-            if core.give_back(self.0.admission, self.0.cost, now.at(&core.clock)) {
+            if core.give_back(self.0.admission, self.0.cost(), now.at(&core.clock)) {
                 share.count_and_end(counter::RETURNED);
             }
         }
@@ -789,7 +789,7 @@ impl Drop for RateLimitPermit {
     #[inline(always)]
     fn drop(&mut self) {
         if let Some((share, true)) = self.0.take() {
-            teach(&share, self.0.cost, abandoned(), None, &Reading::new());
+            teach(&share, self.0.cost(), abandoned(), None, &Reading::new());
         }
     }
 }
@@ -798,7 +798,7 @@ impl fmt::Debug for RateLimitPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RateLimitPermit")
             .field("limit", &self.0.state().map(|core| core.limit.clone()))
-            .field("cost", &self.0.cost)
+            .field("cost", &self.cost())
             .finish_non_exhaustive()
     }
 }

@@ -608,18 +608,18 @@ impl KeyedPermit {
     /// What the permit took from the key's quota.
     #[must_use]
     pub fn cost(&self) -> u32 {
-        self.admitted.cost
+        self.admitted.cost()
     }
 
     /// A permit whose cost was an estimate.
     pub(crate) fn estimated(mut self) -> Self {
-        self.admitted.estimated = true;
+        self.admitted.set_estimated(true);
         self
     }
 
     /// A permit of a limit that counts calls.
     pub(crate) fn counting(mut self) -> Self {
-        self.admitted.estimated = false;
+        self.admitted.set_estimated(false);
         self
     }
 
@@ -627,7 +627,7 @@ impl KeyedPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn end(&mut self, outcome: Option<Outcome>, cost: Option<u32>, now: &Reading) {
-        let reserved = self.admitted.cost;
+        let reserved = self.admitted.cost();
         let cost = cost.filter(|cost| *cost != reserved);
         if let Some((share, asked)) = self.admitted.take()
             && (asked || cost.is_some())
@@ -666,7 +666,7 @@ impl Permit for KeyedPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn settle(mut self, verdict: Verdict, now: &Reading) {
-        let metered = verdict.metered.filter(|_| self.admitted.estimated);
+        let metered = verdict.metered.filter(|_| self.admitted.is_estimated());
         self.end(Some(verdict.outcome), verdict.cost.or(metered), now);
     }
 
@@ -679,7 +679,7 @@ impl Permit for KeyedPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn cancel(mut self, cost: Option<u32>, now: &Reading) {
-        let cost = cost.filter(|_| self.admitted.estimated);
+        let cost = cost.filter(|_| self.admitted.is_estimated());
         self.end(None, cost, now);
     }
 
@@ -689,7 +689,7 @@ impl Permit for KeyedPermit {
         };
         let set = share.state();
         let now = now.at(&set.clock);
-        let Admitted { admission, cost, .. } = self.admitted;
+        let (admission, cost) = (self.admitted.admission, self.admitted.cost());
         let taken_back = set.at(self.place, |view| {
             view.roll(now);
             view.give_back(admission, cost, now)
@@ -723,7 +723,7 @@ impl Drop for KeyedPermit {
             teach(
                 &share,
                 self.place,
-                self.admitted.cost,
+                self.admitted.cost(),
                 abandoned(),
                 None,
                 &Reading::new(),
@@ -736,7 +736,7 @@ impl fmt::Debug for KeyedPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KeyedPermit")
             .field("limit", &self.admitted.state().map(|set| set.limit.clone()))
-            .field("cost", &self.admitted.cost)
+            .field("cost", &self.admitted.cost())
             .finish_non_exhaustive()
     }
 }
