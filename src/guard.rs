@@ -367,6 +367,14 @@ enum Ready<T> {
     Refused,
 }
 
+impl<T> Ready<T> {
+    /// Takes the place of one that holds nothing, which so is not asked whether it does.
+    #[inline]
+    fn become_now(&mut self, next: Self) {
+        std::mem::forget(std::mem::replace(self, next));
+    }
+}
+
 /// What is held while the inner service is asked whether it is ready. Dropped, the service (or the judgement of its error) panicked:
 /// a failure.
 struct Readying<'a, P: Gate> {
@@ -461,11 +469,11 @@ where
         };
         match self.inner.poll_ready(cx) {
             Poll::Pending => {
-                self.ready = Ready::Reserving(readying.done());
+                self.ready.become_now(Ready::Reserving(readying.done()));
                 Poll::Pending
             }
             Poll::Ready(Ok(())) => {
-                self.ready = Ready::Yes(readying.done());
+                self.ready.become_now(Ready::Yes(readying.done()));
                 Poll::Ready(Ok(()))
             }
             Poll::Ready(Err(error)) => {
@@ -480,16 +488,15 @@ where
     #[expect(clippy::inline_always, reason = "as `poll_ready`")]
     #[inline(always)]
     fn call(&mut self, request: Req) -> Self::Future {
-        match std::mem::replace(&mut self.ready, Ready::No) {
-            Ready::Yes(reserved) => {
-                let now = Reading::new();
-                if let Some(permit) = self.layer.policy.glance(&reserved, &request, &now) {
-                    self.make(permit, request)
-                } else {
-                    self.refuse_or_admit(reserved, request, &now.again())
-                }
-            }
-            found => self.call_otherwise(found, request),
+        let now = Reading::new();
+        let found = std::mem::replace(&mut self.ready, Ready::No);
+        if let Ready::Yes(reserved) = &found
+            && let Some(permit) = self.layer.policy.glance(reserved, &request, &now)
+        {
+            // What was reserved is dropped behind this: a permit that waited for that would lie in memory.
+            self.make(permit, request)
+        } else {
+            self.call_otherwise(found, request, &now.again())
         }
     }
 }
@@ -542,7 +549,9 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
     {
         // Dropped by nobody else: the step ends or unwinds.
         let mut permit = ManuallyDrop::new(Some(permit));
-        let mut future = failing_on_unwind(&mut permit, |_| self.begin(request));
+        let beginning = failing_on_unwind(&mut permit);
+        let mut future = self.begin(request);
+        beginning.done();
         if let State::Called { call } = &mut future.state {
             call.watch.hold(permit.take());
         }
@@ -572,9 +581,15 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
         }
     }
 
-    /// Calls what was readied to reject, or was not readied. Out of line, for it shares nothing with others.
+    /// Goes on with a call that a glance did not admit, mostly one that is refused, and with one that was readied to be or was not
+    /// readied. Out of line, for it shares nothing with others.
     #[inline(never)]
-    fn call_otherwise<Req>(&mut self, found: Ready<P::Reserved>, request: Req) -> ResponseFuture<S, Req, P, C, R>
+    fn call_otherwise<Req>(
+        &mut self,
+        found: Ready<P::Reserved>,
+        request: Req,
+        now: &Reading,
+    ) -> ResponseFuture<S, Req, P, C, R>
     where
         S: Service<Req>,
         P: Policy<Req>,
@@ -582,17 +597,23 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
         C: Classify<Req, S::Response, S::Error>,
         R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error> + Clone,
     {
-        let reserved = match found {
+        let admit = match found {
             Ready::Refused => {
                 let future = self.refuse(request);
                 return ResponseFuture {
                     state: State::Rejected { future },
                 };
             }
-            Ready::Yes(reserved) | Ready::Reserving(reserved) => Some(reserved),
-            Ready::No => None,
+            Ready::Yes(reserved) => {
+                let policy = &self.layer.policy;
+                if let Some(refusing) = policy.refuse_at_a_glance(Some(&reserved), &request, now) {
+                    return self.reject(request, refusing.reject());
+                }
+                policy.admit(reserved, &request, now)
+            }
+            Ready::Reserving(reserved) => self.admit(Some(reserved), &request, now),
+            Ready::No => self.admit(None, &request, now),
         };
-        let admit = self.admit(reserved, &request, &Reading::new());
         self.go_on(admit, request)
     }
 
@@ -633,29 +654,6 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
                 future: self.layer.reject.reject(request, why),
             },
         }
-    }
-
-    /// Goes on with a call that a glance did not admit: mostly it is refused. Out of line, for it shares nothing with others.
-    #[inline(never)]
-    fn refuse_or_admit<Req>(
-        &mut self,
-        reserved: P::Reserved,
-        request: Req,
-        now: &Reading,
-    ) -> ResponseFuture<S, Req, P, C, R>
-    where
-        S: Service<Req>,
-        P: Policy<Req>,
-        P::Wait: Hold<S, Req>,
-        C: Classify<Req, S::Response, S::Error>,
-        R: Reject<Req, S::Response, C::Response<P::Permit>, S::Error> + Clone,
-    {
-        let policy = &self.layer.policy;
-        if let Some(refusing) = policy.refuse_at_a_glance(Some(&reserved), &request, now) {
-            return self.reject(request, refusing.reject());
-        }
-        let admit = policy.admit(reserved, &request, now);
-        self.go_on(admit, request)
     }
 
     /// Rejects a call that the last `poll_ready` was ready to reject: as it is now, not as it was then. Out of line, as the other.
@@ -806,12 +804,12 @@ where
                     let (seen, pass) = call.kept.take().expect(ONCE);
                     let mut told = pass.into();
                     let now = Reading::new();
-                    let result = failing_on_unwind(permit, |permit| {
-                        if let Some(permit) = permit {
-                            R::tell(&mut told, permit, &now);
-                        }
-                        C::finish_in_place(seen, result, permit, &now)
-                    });
+                    let mut ending = failing_on_unwind(permit);
+                    if let Some(permit) = ending.permit() {
+                        R::tell(&mut told, permit, &now);
+                    }
+                    let result = C::finish_in_place(seen, result, ending.permit(), &now);
+                    ending.done();
                     return Poll::Ready(R::pass(told, result));
                 }
                 Projection::Waiting {

@@ -252,10 +252,21 @@ impl<A: Permit, B: Permit> Permit for (A, B) {
     }
 }
 
-/// A permit in charge of a running call: dropped, the call was cancelled.
-pub(crate) struct Held<P: Permit>(pub(crate) Option<P>);
+/// A permit in charge of a running call: dropped, the call was cancelled. Then the permit is taken out by hand: that its place is
+/// empty is looked at once.
+pub(crate) struct Held<P: Permit>(ManuallyDrop<Option<P>>);
 
 impl<P: Permit> Held<P> {
+    #[inline]
+    pub(crate) fn new(permit: Option<P>) -> Self {
+        Self(ManuallyDrop::new(permit))
+    }
+
+    #[inline]
+    pub(crate) fn permit(&mut self) -> &mut Option<P> {
+        &mut self.0
+    }
+
     #[cold]
     #[inline(never)]
     fn cancel(&mut self) {
@@ -275,9 +286,26 @@ impl<P: Permit> Drop for Held<P> {
     }
 }
 
-/// Settles the permit when dropped, which only an unwinding step does: the others forget it. The permit itself would be dropped
-/// too late to know of the panic: after `catch_unwind`, with the future.
-struct OnUnwind<'a, P: Permit, V: Fn() -> Verdict + Copy>(&'a mut Option<P>, V);
+/// Settles the permit when dropped, which only an unwinding step does: the others are [done](Self::done). The permit itself would be
+/// dropped too late to know of the panic: after `catch_unwind`, with the future.
+pub(crate) struct OnUnwind<'a, P: Permit, V: Fn() -> Verdict + Copy>(&'a mut Option<P>, V);
+
+impl<'a, P: Permit, V: Fn() -> Verdict + Copy> OnUnwind<'a, P, V> {
+    #[inline]
+    pub(crate) fn new(permit: &'a mut Option<P>, verdict: V) -> Self {
+        Self(permit, verdict)
+    }
+
+    #[inline]
+    pub(crate) fn permit(&mut self) -> &mut Option<P> {
+        self.0
+    }
+
+    #[inline]
+    pub(crate) fn done(self) {
+        std::mem::forget(self);
+    }
+}
 
 impl<P: Permit, V: Fn() -> Verdict + Copy> Drop for OnUnwind<'_, P, V> {
     // So small that it is inlined even where the compiler knows that it is rarely come by: a reference to the permit that went out to
@@ -308,23 +336,10 @@ impl<A: Permit, B: Permit> Drop for HalfSettled<'_, A, B> {
     }
 }
 
-/// Runs a step; a panic in it fails the permit.
+/// A panic fails the permit, until it is [done](OnUnwind::done).
 #[inline]
-pub(crate) fn failing_on_unwind<P: Permit, T>(permit: &mut Option<P>, step: impl FnOnce(&mut Option<P>) -> T) -> T {
-    settling_on_unwind(permit, || Outcome::Failure.into(), step)
-}
-
-/// Runs a step; a panic in it settles the permit with this verdict.
-#[inline]
-pub(crate) fn settling_on_unwind<P: Permit, T>(
-    permit: &mut Option<P>,
-    verdict: impl Fn() -> Verdict + Copy,
-    step: impl FnOnce(&mut Option<P>) -> T,
-) -> T {
-    let unwind = OnUnwind(permit, verdict);
-    let done = step(&mut *unwind.0);
-    std::mem::forget(unwind);
-    done
+pub(crate) fn failing_on_unwind<P: Permit>(permit: &mut Option<P>) -> OnUnwind<'_, P, impl Fn() -> Verdict + Copy> {
+    OnUnwind::new(permit, || Outcome::Failure.into())
 }
 
 pin_project! {
@@ -343,8 +358,10 @@ impl<F, P: Permit> Watch<F, P> {
     pub(crate) fn start(permit: P, call: impl FnOnce() -> F) -> Self {
         // Dropped by nobody else: the step ends or unwinds.
         let mut permit = ManuallyDrop::new(Some(permit));
-        let future = failing_on_unwind(&mut permit, |_| call());
-        let held = Held(permit.take());
+        let starting = failing_on_unwind(&mut permit);
+        let future = call();
+        starting.done();
+        let held = Held::new(permit.take());
         Self { future, held }
     }
 }
@@ -355,14 +372,14 @@ impl<F, P: Permit> Watch<F, P> {
     pub(crate) fn unheld(future: F) -> Self {
         Self {
             future,
-            held: Held(None),
+            held: Held::new(None),
         }
     }
 
     /// Hands over the permit of an unheld call.
     #[inline]
     pub(crate) fn hold(&mut self, permit: Option<P>) {
-        std::mem::forget(std::mem::replace(&mut self.held.0, permit));
+        std::mem::forget(std::mem::replace(self.held.permit(), permit));
     }
 }
 
@@ -372,8 +389,11 @@ impl<F: Future, P: Permit> Watch<F, P> {
     pub(crate) fn poll<'a>(self: Pin<&'a mut Self>, cx: &mut Context<'_>) -> Poll<(F::Output, &'a mut Option<P>)> {
         let this = self.project();
         let future = this.future;
-        let output = ready!(failing_on_unwind(&mut this.held.0, |_| future.poll(cx)));
-        Poll::Ready((output, &mut this.held.0))
+        let polling = failing_on_unwind(this.held.permit());
+        let polled = future.poll(cx);
+        polling.done();
+        let output = ready!(polled);
+        Poll::Ready((output, this.held.permit()))
     }
 }
 

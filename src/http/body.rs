@@ -3,7 +3,7 @@
 use super::{classify::JudgeEnd, cost::CostMeter};
 use crate::{
     clock::Reading,
-    permit::{Held, Outcome, Permit, Verdict, settling_on_unwind},
+    permit::{Held, OnUnwind, Outcome, Permit, Verdict},
     reject::Lift,
 };
 use bytes::Buf;
@@ -49,15 +49,18 @@ impl<P: Permit, J: JudgeEnd> Watched<P, J> {
     fn failing_on_unwind<T>(&mut self, step: impl FnOnce() -> T) -> T {
         let meter = self.meter.as_ref();
         let failure = || metered(Outcome::Failure.into(), meter);
-        settling_on_unwind(&mut self.held.0, failure, |_| step())
+        let stepping = OnUnwind::new(self.held.permit(), failure);
+        let done = step();
+        stepping.done();
+        done
     }
 
     /// Settles the permit as the judge says, if it does, unless a panic of the body has done so.
     fn settle(&mut self, judge: impl FnOnce(J) -> Option<Verdict>) {
-        if self.held.0.is_some()
+        if self.held.permit().is_some()
             && let Some(end) = self.judge.take()
             && let Some(verdict) = self.failing_on_unwind(|| judge(end))
-            && let Some(permit) = self.held.0.take()
+            && let Some(permit) = self.held.permit().take()
         {
             permit.settle(metered(verdict, self.meter.as_ref()), &Reading::new());
         }
@@ -74,7 +77,7 @@ impl<P: Permit, J: JudgeEnd> Drop for Watched<P, J> {
                 self.settle(JudgeEnd::complete);
             }
         }
-        if let Some(permit) = self.held.0.take() {
+        if let Some(permit) = self.held.permit().take() {
             permit.cancel(self.meter.as_ref().and_then(CostMeter::counted), &Reading::new());
         }
     }
@@ -84,7 +87,7 @@ impl<B, P: Permit, J: JudgeEnd> GuardedBody<B, P, J> {
     /// A body whose end is to be judged, of so many bytes if that is known.
     pub(super) fn watched(inner: B, permit: P, judge: J, meter: Option<CostMeter>, length: Option<u64>) -> Self {
         let watched = Watched {
-            held: Held(Some(permit)),
+            held: Held::new(Some(permit)),
             judge: Some(judge),
             meter,
             left: length,
