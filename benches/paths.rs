@@ -3,8 +3,8 @@
 //! `cargo bench --all-features --bench paths -- PATH CALLS` makes that many calls; without arguments, a few on every path.
 
 use portcullis::{
-    CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, KeyedRateLimiter, Outcome, RateLimitLayer, RateLimiter,
-    SlidingWindow, TokenBucket, Window,
+    Adaptive, CircuitBreaker, CircuitBreakerLayer, Clock, GuardLayer, KeyedRateLimiter, Outcome, RateLimitLayer,
+    RateLimiter, SlidingWindow, TokenBucket, Window,
 };
 use std::{
     future::{Future, Ready, ready},
@@ -141,6 +141,11 @@ fn paths() -> Vec<Row> {
         ("token-bucket-refusing", false, || through(RateLimitLayer::new(spent()))),
         ("sliding-window", true, || {
             through(RateLimitLayer::new(limiter(SlidingWindow::new(1 << 20, SECOND))))
+        }),
+        // By a clock that a permit names: an outcome is only counted then.
+        ("adaptive", true, || {
+            let limiter = RateLimiter::new("bench", Adaptive::new(u32::MAX).burst(1 << 20));
+            through(RateLimitLayer::new(limiter.expect("a valid limit")))
         }),
         ("keyed", true, || {
             let limiter = KeyedRateLimiter::builder("bench", TokenBucket::new(u32::MAX, SECOND))

@@ -192,6 +192,31 @@ pub(crate) enum ClockKind {
     Fast,
 }
 
+impl ClockKind {
+    /// How many bits a code has.
+    pub(crate) const CODE_BITS: u32 = 2;
+
+    /// Its code in a packed word; none is 0.
+    pub(crate) const fn code(self) -> u64 {
+        match self {
+            Self::System => 1,
+            #[cfg(feature = "fast-clock")]
+            Self::Fast => 2,
+        }
+    }
+
+    /// The kind of that code, if it is one.
+    #[inline]
+    pub(crate) const fn of_code(code: u64) -> Option<Self> {
+        match code {
+            1 => Some(Self::System),
+            #[cfg(feature = "fast-clock")]
+            2 => Some(Self::Fast),
+            _ => None,
+        }
+    }
+}
+
 impl Default for Clock {
     fn default() -> Self {
         Self::system()

@@ -304,6 +304,22 @@ impl Seat {
     }
 }
 
+/// A seat, for the parts of the state that sits there: what they count and publish in it is the state's.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Seated(u8);
+
+impl Seated {
+    #[inline]
+    pub(crate) fn hot(self) -> &'static Hot {
+        &Seat::numbered(self.0).hot
+    }
+
+    /// The sum of one counter over all lines.
+    pub(crate) fn sum(self, counter: usize) -> u64 {
+        Seat::numbered(self.0).sum(counter)
+    }
+}
+
 /// Where a state keeps what the fast paths read, its counters, and what it changes under a lock.
 pub(crate) struct Home(HomeKind);
 
@@ -333,6 +349,10 @@ impl Home {
             HomeKind::Seat(number) => Some(number),
             HomeKind::Standing(..) => None,
         }
+    }
+
+    pub(crate) fn seated(&self) -> Option<Seated> {
+        self.seat().map(Seated)
     }
 
     /// Keeps this under the lock; see [`Place::lock`].

@@ -1,7 +1,9 @@
 //! Pins what the rate limiters promise when used by themselves: limits, refusals, refunds, settings, status, threads.
 
+mod chance;
 mod limiters;
 
+use chance::{Dice, seed};
 use limiters::{NANOSECOND, SECOND, YEAR, acquire_when_told, just_before, limiter, wait_of};
 use portcullis::{
     Adaptive, Algorithm, Clock, ConfigError, Error, EventKind, ManualClock, Name, Outcome, RateLimiter, Reason,
@@ -957,6 +959,88 @@ fn end_of_window_is_after(clock: &ManualClock, limiter: &RateLimiter, wait: Dura
     assert!(equal(rate(limiter), before));
     clock.advance(NANOSECOND);
     assert!(equal(rate(limiter), before * 0.8));
+}
+
+/// A limiter on one of the program's clocks counts the outcomes of a window where it sits, and is not asked; one on a clock of the
+/// test's own is told of each.
+#[tokio::test(start_paused = true)]
+async fn outcomes_that_are_only_counted_move_the_rate_as_those_that_are_told() {
+    let seed = seed();
+    let below = |dice: &mut Dice, n: usize| usize::try_from(dice.below(n as u64)).expect("an index");
+    for task in 0..100 {
+        let mut dice = Dice::new(seed, task);
+        let algorithm = adaptive().burst(10_000);
+        let (clock, told) = limiter(algorithm);
+        let counted = RateLimiter::new("agent", algorithm).unwrap();
+        let mut running = Vec::new();
+        let mut moves = 0;
+        for step in 0..400 {
+            let before = rate(&told);
+            if dice.once_in(20) {
+                // Now and then to the very end of a window, or past several.
+                let wait = [MINUTE / 4, MINUTE / 3, MINUTE / 2, MINUTE, 3 * MINUTE][below(&mut dice, 5)];
+                clock.advance(wait);
+                tokio::time::advance(wait).await;
+            } else if running.is_empty() || dice.once_in(2) {
+                let cost = if dice.once_in(4) { 7 } else { 1 };
+                running.push([&told, &counted].map(|limiter| limiter.try_acquire_n(cost).expect("room")));
+            } else {
+                let which = below(&mut dice, running.len());
+                let verdict = match dice.below(16) {
+                    0..8 => Some(Verdict::new(Outcome::Success)),
+                    8..10 => Some(Verdict::new(Outcome::Failure)),
+                    10..12 => Some(Verdict::new(Outcome::Ignored)),
+                    12 => Some(Verdict::new(Outcome::Failure).cost(3)),
+                    13 => Some(Verdict::new(Outcome::Success).cost(9)),
+                    _ => None,
+                };
+                let given_back = dice.once_in(2);
+                for permit in running.swap_remove(which) {
+                    match verdict {
+                        Some(verdict) => permit.settle(verdict),
+                        None if given_back => permit.unused(),
+                        None => drop(permit),
+                    }
+                }
+            }
+            let [told, counted] = [&told, &counted].map(RateLimiter::status);
+            moves += u32::from(!equal(told.rate, before));
+            assert!(
+                equal(told.rate, counted.rate) && equal(told.available_tokens, counted.available_tokens),
+                "run {task}, step {step}: {told:?} and {counted:?}"
+            );
+            assert_eq!(told.accepted_requests, counted.accepted_requests);
+            assert_eq!(told.returned_requests, counted.returned_requests);
+        }
+        assert!(moves > 0, "run {task} tells nothing");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_outcome_that_threads_count_is_counted_in_its_window() {
+    for (one_more, expected) in [(0, 120.0), (1, 80.0)] {
+        let algorithm = Adaptive::new(100).burst(10_000).error_threshold(0.1);
+        let limiter = RateLimiter::new("agent", algorithm).unwrap();
+        let runtime = tokio::runtime::Handle::current();
+        let handles = [0, 0, 0, one_more].map(|more| {
+            let (limiter, runtime) = (limiter.clone(), runtime.clone());
+            std::thread::spawn(move || {
+                let _on_its_clock = runtime.enter();
+                end(&limiter, 225 - more, Outcome::Success);
+                end(&limiter, 25 + more, Outcome::Failure);
+            })
+        });
+        for handle in handles {
+            handle.join().expect("it ends its calls");
+        }
+        tokio::time::advance(MINUTE).await;
+        assert!(
+            equal(rate(&limiter), expected),
+            "{} failures of 1,000: {}",
+            100 + one_more,
+            rate(&limiter)
+        );
+    }
 }
 
 #[test]

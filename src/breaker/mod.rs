@@ -111,10 +111,8 @@ mod word {
     pub(super) const HALF_OPEN: u64 = 1 << 6;
     pub(super) const COUNTED: u64 = 1 << 7;
     pub(super) const WITHIN: u64 = 1 << 8;
-    const CLOCK: u64 = 0b11 << 9;
-    const SYSTEM_CLOCK: u64 = 1 << 9;
-    #[cfg(feature = "fast-clock")]
-    const FAST_CLOCK: u64 = 2 << 9;
+    const CLOCK_SHIFT: u32 = 9;
+    const CLOCK: u64 = ((1 << ClockKind::CODE_BITS) - 1) << CLOCK_SHIFT;
     pub(super) const SEATED: u64 = 1 << 11;
     const SEAT_SHIFT: u32 = 12;
     pub(super) const GENERATION_SHIFT: u32 = 20;
@@ -126,23 +124,13 @@ mod word {
     /// The clock, if it is one of the program's.
     #[inline]
     pub(super) fn clock(word: u64) -> Option<ClockKind> {
-        match word & CLOCK {
-            SYSTEM_CLOCK => Some(ClockKind::System),
-            #[cfg(feature = "fast-clock")]
-            FAST_CLOCK => Some(ClockKind::Fast),
-            _ => None,
-        }
+        ClockKind::of_code((word & CLOCK) >> CLOCK_SHIFT)
     }
 
     /// What all words of a breaker have of this clock and this seat.
     pub(super) fn constant(clock: Option<ClockKind>, seat: Option<u8>) -> u64 {
-        let clock = match clock {
-            Some(ClockKind::System) => SYSTEM_CLOCK,
-            #[cfg(feature = "fast-clock")]
-            Some(ClockKind::Fast) => FAST_CLOCK,
-            None => 0,
-        };
-        clock | seat.map_or(0, |number| SEATED | u64::from(number) << SEAT_SHIFT)
+        let clock = clock.map_or(0, ClockKind::code);
+        clock << CLOCK_SHIFT | seat.map_or(0, |number| SEATED | u64::from(number) << SEAT_SHIFT)
     }
 
     /// Whether a call was admitted into a seat by a closed circuit that does not care how long it takes. It has no probe's lease.

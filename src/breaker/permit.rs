@@ -406,6 +406,10 @@ impl Drop for Reservation {
 
 #[cold]
 #[inline(never)]
+#[expect(
+    clippy::boxed_local,
+    reason = "it is taken out of its box here and not in every call"
+)]
 fn give_back(permit: Box<CircuitBreakerPermit>) {
     permit.unused();
 }

@@ -1,8 +1,12 @@
-use super::bucket::{Bucket, Level, Line, Scale, Short};
+use super::{
+    admitted,
+    bucket::{Bucket, Level, Line, Scale, Short},
+};
 use crate::{
     clock::{Timestamp, nanos},
     error::{ConfigError, duration, share, within},
     permit::Outcome,
+    stripe::Seated,
     sync::{
         Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering, fence},
@@ -39,8 +43,9 @@ use std::{sync::PoisonError, time::Duration};
 /// # Ok::<(), portcullis::ConfigError>(())
 /// ```
 ///
-/// O(1) memory. An admission is the one of a token bucket and one more addition; an outcome is one addition. A rejection
-/// takes a mutex, to tell when it would end, and so does the first call after the end of a window.
+/// O(1) memory. An admission is the one of a token bucket and one more addition; an outcome is a reading of the clock and one
+/// addition, which only its thread's line sees. A rejection takes a mutex, to tell when it would end, and so do the first call
+/// after the end of a window, a permit that is dropped or settled with another cost, and on a manual clock every outcome.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adaptive {
     base_rate: u32,
@@ -201,7 +206,7 @@ impl Adaptive {
         if seen.calls() < u64::from(self.minimum_calls) {
             return rate;
         }
-        let error_rate = seen.failures as f64 / seen.calls() as f64;
+        let error_rate = seen.failures() as f64 / seen.calls() as f64;
         let moved = if error_rate > self.error_threshold {
             rate * (1.0 - self.adjustment_factor)
         } else if seen.used as f64 >= rate / 2.0 {
@@ -228,6 +233,7 @@ impl Adaptive {
         };
         let state = AdaptiveState {
             config: *self,
+            sits: None,
             level: Level::full(&line(self.base_rate)),
             scale: Scale::new(token, self.largest(), &line(self.highest()), false),
             used: AtomicU64::new(0),
@@ -250,17 +256,40 @@ fn units_per_window(rate: f64, token: u64) -> u64 {
     ((rate * token as f64) as u64).max(1)
 }
 
+#[derive(Debug, Clone, Copy, Default)]
+struct Outcomes {
+    successes: u64,
+    failures: u64,
+}
+
+impl Outcomes {
+    /// What was counted since then. Counts wrap.
+    fn since(self, then: Self) -> Self {
+        Self {
+            successes: self.successes.wrapping_sub(then.successes),
+            failures: self.failures.wrapping_sub(then.failures),
+        }
+    }
+}
+
 /// What one window has seen.
 #[derive(Debug, Clone, Copy, Default)]
 struct Seen {
-    successes: u64,
-    failures: u64,
+    /// Outcomes that were told to the state, of this window.
+    told: Outcomes,
+    /// Those that were only counted where it sits, and all that ever were.
+    counted: Outcomes,
+    ever_counted: Outcomes,
     used: u64,
 }
 
 impl Seen {
     fn calls(&self) -> u64 {
-        self.successes + self.failures
+        self.told.successes + self.counted.successes + self.failures()
+    }
+
+    fn failures(&self) -> u64 {
+        self.told.failures + self.counted.failures
     }
 }
 
@@ -283,15 +312,48 @@ pub(super) struct Moved {
 #[derive(Debug)]
 pub(super) struct AdaptiveState {
     config: Adaptive,
+    /// Boxed, since the states of a keyed limiter, of which there are many, do not sit.
+    sits: Option<Box<Sits>>,
     level: Level,
     scale: Scale,
     /// Tokens taken in this window.
     used: AtomicU64,
-    /// Outcomes of this window. Each is one addition, so that none is split between two windows.
+    /// Outcomes of this window that were told here. Each is one addition, so that none is split between two windows.
     successes: AtomicU64,
     failures: AtomicU64,
     course: Mutex<Course>,
     published: Published,
+}
+
+/// Where outcomes are counted besides the state itself, and the end of the window is published for those who do so.
+#[derive(Debug)]
+struct Sits {
+    seat: Seated,
+    /// The outcomes that had been counted there when the window began. Whoever reads or writes them holds the course.
+    successes: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl Sits {
+    fn ever_counted(&self) -> Outcomes {
+        Outcomes {
+            successes: self.seat.sum(admitted::outcomes(Outcome::Success)),
+            failures: self.seat.sum(admitted::outcomes(Outcome::Failure)),
+        }
+    }
+
+    fn before_this_window(&self) -> Outcomes {
+        Outcomes {
+            successes: self.successes.load(Ordering::Relaxed),
+            failures: self.failures.load(Ordering::Relaxed),
+        }
+    }
+
+    fn begin_window(&self, before: Outcomes, end: Timestamp) {
+        self.successes.store(before.successes, Ordering::Relaxed);
+        self.failures.store(before.failures, Ordering::Relaxed);
+        admitted::window_end(self.seat.hot()).store(end.nanos(), Ordering::Release);
+    }
 }
 
 /// The course as everybody reads it: a sequence lock. The writer holds the mutex; the version is odd while it writes. A reader
@@ -345,23 +407,48 @@ impl AdaptiveState {
         self.course.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// From now on the state sits there. Nobody has seen it yet.
+    pub(super) fn sit(&mut self, seat: Seated) {
+        let sits = Sits {
+            seat,
+            successes: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+        };
+        sits.begin_window(Outcomes::default(), self.course().window_end);
+        self.sits = Some(Box::new(sits));
+    }
+
+    /// What the window has seen, for whoever holds the course. An outcome that is counted while this looks is seen now or by the
+    /// next window.
     fn seen(&self) -> Seen {
+        let (ever_counted, counted) = match &self.sits {
+            None => Default::default(),
+            Some(sits) => {
+                let ever = sits.ever_counted();
+                (ever, ever.since(sits.before_this_window()))
+            }
+        };
         Seen {
-            successes: self.successes.load(Ordering::Relaxed),
-            failures: self.failures.load(Ordering::Relaxed),
+            told: Outcomes {
+                successes: self.successes.load(Ordering::Relaxed),
+                failures: self.failures.load(Ordering::Relaxed),
+            },
+            counted,
+            ever_counted,
             used: self.used.load(Ordering::Relaxed),
         }
     }
 
-    /// The course from the end of the window on, if it has ended: what [`roll`](Self::roll) makes real.
-    fn next_course(&self, course: &Course, seen: Seen, now: Timestamp) -> Option<Course> {
+    /// The course from the end of the window on, if it has ended, and what the window has seen: what [`roll`](Self::roll) makes real.
+    fn next_course(&self, course: &Course, now: Timestamp) -> Option<(Course, Seen)> {
         let over = now.nanos().checked_sub(course.window_end.nanos())?;
+        let seen = self.seen();
         let rate = self.config.next_rate(course.rate, seen);
         let window = course.line.div;
         let windows = over / window + 1;
         let end = course.window_end.nanos().saturating_add(windows.saturating_mul(window));
         let bent = (rate - course.rate).abs() > 0.0;
-        Some(Course {
+        let next = Course {
             // A line that goes straight on keeps its origin: no rounding adds up.
             line: if bent {
                 Line {
@@ -375,12 +462,13 @@ impl AdaptiveState {
             },
             rate,
             window_end: Timestamp::from_nanos(end),
-        })
+        };
+        Some((next, seen))
     }
 
     /// The course at `now`, a due move included.
     fn present(&self, course: &Course, now: Timestamp) -> Course {
-        self.next_course(course, self.seen(), now).unwrap_or(*course)
+        self.next_course(course, now).map_or(*course, |(next, _)| next)
     }
 
     /// Ends the window if it is over; tells if the rate moved.
@@ -391,14 +479,16 @@ impl AdaptiveState {
             return None;
         }
         let mut course = self.course();
-        let seen = self.seen();
-        let next = self.next_course(&course, seen, now)?;
+        let (next, seen) = self.next_course(&course, now)?;
         let before = std::mem::replace(&mut *course, next);
         self.published.write(&next);
+        if let Some(sits) = &self.sits {
+            sits.begin_window(seen.ever_counted, next.window_end);
+        }
         // What was seen is done with; what came in meanwhile belongs to the new window.
         for (counter, seen) in [
-            (&self.successes, seen.successes),
-            (&self.failures, seen.failures),
+            (&self.successes, seen.told.successes),
+            (&self.failures, seen.told.failures),
             (&self.used, seen.used),
         ] {
             let less = |now: u64| Some(now.saturating_sub(seen));
@@ -437,7 +527,7 @@ impl AdaptiveState {
     /// When what is missing will have been made, if no more outcomes arrive: a move that is already settled is foreseen.
     fn when(&self, short: Short) -> Timestamp {
         let course = self.course();
-        if let Some(next) = self.next_course(&course, self.seen(), short.at) {
+        if let Some((next, _)) = self.next_course(&course, short.at) {
             // A move that is due uses up what was seen: none follows from it.
             return next.line.when(short);
         }
@@ -450,6 +540,19 @@ impl AdaptiveState {
         self.present(&course, end)
             .line
             .later(end, short.units.saturating_sub(until_then))
+    }
+
+    /// Takes one token, if that is there and the window is not over; otherwise nothing has happened.
+    #[inline(never)]
+    pub(super) fn take_one_at_a_glance(&self, now: Timestamp) -> bool {
+        let Some((line, window_end)) = self.published.read(nanos(self.config.window)) else {
+            return false;
+        };
+        let taken = now < window_end && self.bucket().take(&line, 1, now).is_ok();
+        if taken {
+            self.used.fetch_add(1, Ordering::Relaxed);
+        }
+        taken
     }
 
     pub(super) fn take(&self, cost: u32, now: Timestamp) -> Result<(), Timestamp> {
@@ -535,7 +638,7 @@ mod model {
 
     fn left(state: &AdaptiveState) -> (u64, u64) {
         let seen = state.seen();
-        (seen.calls(), seen.failures)
+        (seen.calls(), seen.failures())
     }
 
     #[test]

@@ -1,7 +1,9 @@
 use super::{algorithm::Admission, counter};
 use crate::{
-    permit::Verdict,
-    stripe::{Homed, Share, Sitting, Striped},
+    clock::{ClockKind, Reading},
+    permit::{Outcome, Verdict},
+    stripe::{Homed, Hot, Share, Sitting, Striped},
+    sync::atomic::{AtomicU64, Ordering},
 };
 use std::{mem::ManuallyDrop, num::NonZeroU64, sync::Arc};
 
@@ -15,6 +17,37 @@ pub(super) struct Admitted<T: Homed> {
     word: Word,
 }
 
+/// What a limiter wants to know at the end of a call, besides another cost: bits of a [`Word`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Wants(u64);
+
+impl Wants {
+    pub(super) const NOTHING: Self = Self(Word::QUICK);
+    /// The outcome: it has to be asked.
+    pub(super) const OUTCOME: Self = Self(Word::ASKED);
+
+    /// The outcome, which is counted as the end of the share until this clock shows the time that is published as
+    /// [`window_end`]; then it has to be asked.
+    pub(super) fn counted_outcome(clock: ClockKind) -> Self {
+        Self(Word::ASKED | clock.code() << Word::CLOCK_SHIFT)
+    }
+}
+
+/// Until when outcomes are only counted, in nanoseconds of the clock.
+#[inline]
+pub(super) fn window_end(hot: &Hot) -> &AtomicU64 {
+    &hot.words[0]
+}
+
+/// The counter of an outcome. Each is an end of a share.
+pub(super) fn outcomes(outcome: Outcome) -> usize {
+    match outcome {
+        Outcome::Success => counter::SUCCEEDED,
+        Outcome::Failure => counter::FAILED,
+        Outcome::Ignored => counter::IGNORED,
+    }
+}
+
 /// The rest, in one word: where permits are moved together with others, one that is marked as absent by a byte of its own is moved in
 /// odd pieces.
 ///
@@ -25,6 +58,7 @@ pub(super) struct Admitted<T: Homed> {
 /// bit  41      quick: the share is to be ended, and that is all, unless the cost was another
 /// bit  42      asked: the share is to be ended, and the limiter asked what it wants to know
 /// bit  43      set, so that no word is zero
+/// bits 44..46  clock: instead of being asked the limiter can count the outcome, while it is early enough on this clock
 /// ```
 ///
 /// Neither quick nor asked, the permit has ended.
@@ -36,11 +70,21 @@ impl Word {
     const ESTIMATED: u64 = 1 << 40;
     const QUICK: u64 = 1 << 41;
     const ASKED: u64 = 1 << 42;
+    const CLOCK_SHIFT: u32 = 44;
     const OVER: Self = Self(NonZeroU64::new(1 << 43).expect("not zero"));
 
     #[inline]
     fn new(cost: u32, seat: u8, end: u64) -> Self {
         Self(Self::OVER.0 | u64::from(cost) | u64::from(seat) << Self::SEAT_SHIFT | end)
+    }
+
+    /// The counter of the outcome, if it need only be counted.
+    #[inline(never)]
+    fn counter(self, outcome: Outcome, now: &Reading) -> Option<usize> {
+        let clock = ClockKind::of_code(self.0.get() >> Self::CLOCK_SHIFT)?;
+        let seat = ManuallyDrop::new(Sitting::of(self.seat()));
+        let end = window_end(seat.hot()).load(Ordering::Acquire);
+        (now.at_kind(clock).nanos() < end).then(|| outcomes(outcome))
     }
 
     #[inline]
@@ -71,18 +115,14 @@ impl<T: Homed> Admitted<T> {
     /// Counts an admission.
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
-    pub(super) fn new(shared: &Striped<T>, admission: Admission, cost: u32, learns: bool) -> Self {
+    pub(super) fn new(shared: &Striped<T>, admission: Admission, cost: u32, wants: Wants) -> Self {
         let (seat, standing) = if cost == 1 {
             shared.count_and_share(counter::ACCEPTED_ONE).into_parts()
         } else {
             shared.add(counter::ACCEPTED_COST, cost.into());
             shared.count_and_share(counter::ACCEPTED_OTHER).into_parts()
         };
-        let end = if learns || standing.is_some() {
-            Word::ASKED
-        } else {
-            Word::QUICK
-        };
+        let Wants(end) = if standing.is_some() { Wants::OUTCOME } else { wants };
         Self {
             standing: ManuallyDrop::new(standing),
             admission,
@@ -109,14 +149,24 @@ impl<T: Homed> Admitted<T> {
     /// Ends the call if that is no more than the end of the share.
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
-    pub(super) fn settle_quickly(&mut self, verdict: &Verdict) -> bool {
+    pub(super) fn settle_quickly(&mut self, verdict: &Verdict, now: &Reading) -> bool {
         let word = self.word;
-        let quick = word.has(Word::QUICK) && verdict.cost.is_none() && verdict.metered.is_none();
-        if quick {
+        if verdict.cost.is_some() || verdict.metered.is_some() {
+            return false;
+        }
+        if word.has(Word::QUICK) {
             self.word = Word::OVER;
             ManuallyDrop::new(Sitting::of(word.seat())).ending().end();
+            return true;
         }
-        quick
+        let Some(counter) = word.counter(verdict.outcome, now) else {
+            return false;
+        };
+        self.word = Word::OVER;
+        ManuallyDrop::new(Sitting::of(word.seat()))
+            .ending()
+            .count_and_end(counter);
+        true
     }
 
     /// The share, to be dropped at the end, and whether the limiter has to be asked; `None` if the permit has ended.
@@ -127,7 +177,8 @@ impl<T: Homed> Admitted<T> {
         if !word.has(Word::QUICK | Word::ASKED) {
             return None;
         }
-        self.word = word.with(Word::QUICK | Word::ASKED, false);
+        // Nor is it to be counted any more.
+        self.word = Word::new(word.cost(), word.seat(), 0).with(Word::ESTIMATED, word.has(Word::ESTIMATED));
         Some((Share::of(word.seat(), self.standing.take()), word.has(Word::ASKED)))
     }
 

@@ -4,15 +4,17 @@ use super::{
     Adaptive, SlidingWindow, TokenBucket,
     adaptive::AdaptiveState,
     adaptive::Moved,
+    admitted::Wants,
     sliding_window,
     sliding_window::SlidingWindowState,
     token_bucket::{TokenBucketState, TokenBucketView},
 };
 use crate::{
-    clock::{Timestamp, nanos},
+    clock::{ClockKind, Timestamp, nanos},
     error::ConfigError,
     permit::Outcome,
     quota::Advertised,
+    stripe::Seated,
 };
 use std::time::Duration;
 
@@ -139,17 +141,32 @@ impl State {
         matches!(self, Self::Adaptive(_))
     }
 
-    /// Admits one request, if that takes no more than a look; otherwise nothing has happened, and [`View::take`] tells more.
+    /// Has the state of a limiter count where that sits, by the clock it reads; tells what it wants to know of each call.
+    pub(super) fn sit(&mut self, seat: Option<Seated>, clock: Option<ClockKind>) -> Wants {
+        match (self, seat, clock) {
+            (Self::TokenBucket(_) | Self::SlidingWindow(_), ..) => Wants::NOTHING,
+            (Self::Adaptive(state), Some(seat), Some(clock)) => {
+                state.sit(seat);
+                Wants::counted_outcome(clock)
+            }
+            (Self::Adaptive(_), ..) => Wants::OUTCOME,
+        }
+    }
+
+    /// Admits one request, if that takes no more than a look, and tells whether its outcome matters; otherwise nothing has
+    /// happened, and [`View::take`] tells more.
     #[expect(
         clippy::inline_always,
         reason = "every call passes, and a call would pass its answer by memory"
     )]
     #[inline(always)]
-    pub(super) fn take_one_at_a_glance(&self, now: impl FnOnce() -> Timestamp) -> Option<Admission> {
+    pub(super) fn take_one_at_a_glance(&self, now: impl FnOnce() -> Timestamp) -> Option<(Admission, bool)> {
         match self {
-            Self::TokenBucket(state) => state.take_one_at_a_glance(now()).then_some(Admission::Tokens),
-            Self::SlidingWindow(state) => state.take_one_at_a_glance(now()).map(Admission::Window),
-            Self::Adaptive(_) => None,
+            Self::TokenBucket(state) => state.take_one_at_a_glance(now()).then_some((Admission::Tokens, false)),
+            Self::SlidingWindow(state) => state
+                .take_one_at_a_glance(now())
+                .map(|at| (Admission::Window(at), false)),
+            Self::Adaptive(state) => state.take_one_at_a_glance(now()).then_some((Admission::Tokens, true)),
         }
     }
 

@@ -31,7 +31,7 @@ use crate::{
     stripe::{Home, Homed, Share, Striped},
     subscribe::Events,
 };
-use admitted::Admitted;
+use admitted::{Admitted, Wants};
 use algorithm::{Admission, State, View};
 use queue::Queue;
 use status::Seen;
@@ -39,8 +39,11 @@ use std::{fmt, future::Future, time::Duration};
 
 /// The striped counters, by index.
 mod counter {
-    /// An end of a share; see the stripes.
+    /// Ends of shares; see the stripes. The outcomes are those that a limiter wants to know and that need only be counted.
     pub(super) const RETURNED: usize = 0;
+    pub(super) const SUCCEEDED: usize = 1;
+    pub(super) const FAILED: usize = 2;
+    pub(super) const IGNORED: usize = 3;
     /// Calls admitted that cost one token, those that cost another number, and what the latter cost together.
     pub(super) const ACCEPTED_ONE: usize = 4;
     pub(super) const ACCEPTED_OTHER: usize = 5;
@@ -64,6 +67,7 @@ struct Core {
     algorithm: Algorithm,
     /// What clients are told of a limit that does not learn.
     advertised: Advertised,
+    wants: Wants,
     state: State,
     queue: Queue,
     hub: Hub,
@@ -146,13 +150,14 @@ impl RateLimiterBuilder {
         let service = Name::new("name", &self.service)?;
         let limit = Name::new("limit", &self.limit)?;
         let now = self.clock.now();
-        let state = self.algorithm.build(now)?;
+        let mut state = self.algorithm.build(now)?;
         let advertised = state.view().advertised(&self.algorithm, now);
         Ok(RateLimiter {
             shared: Striped::new(|home| Core {
-                home,
                 service,
                 limit,
+                wants: state.sit(home.seated(), self.clock.kind()),
+                home,
                 clock: self.clock,
                 algorithm: self.algorithm,
                 advertised,
@@ -393,16 +398,16 @@ impl RateLimiter {
     }
 
     fn permit(&self, admission: Admission, cost: u32) -> RateLimitPermit {
-        self.permit_that(self.shared.state.learns(), admission, cost)
+        self.permit_that(self.shared.wants, admission, cost)
     }
 
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
-    fn permit_that(&self, learns: bool, admission: Admission, cost: u32) -> RateLimitPermit {
-        RateLimitPermit(Admitted::new(&self.shared, admission, cost, learns))
+    fn permit_that(&self, wants: Wants, admission: Admission, cost: u32) -> RateLimitPermit {
+        RateLimitPermit(Admitted::new(&self.shared, admission, cost, wants))
     }
 
-    /// Leave to make one call now, if a look is enough; otherwise nothing has happened. Never of a limiter that learns.
+    /// Leave to make one call now, if a look is enough; otherwise nothing has happened.
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     pub(crate) fn glance(&self, now: &Reading) -> Option<RateLimitPermit> {
@@ -410,8 +415,9 @@ impl RateLimiter {
         if !core.queue.is_empty() {
             return None;
         }
-        let admission = core.state.take_one_at_a_glance(|| now.at(&core.clock))?;
-        Some(self.permit_that(false, admission, 1))
+        let (admission, learns) = core.state.take_one_at_a_glance(|| now.at(&core.clock))?;
+        let wants = if learns { core.wants } else { Wants::NOTHING };
+        Some(self.permit_that(wants, admission, 1))
     }
 
     /// The refusal of one request, counted, if a look is enough.
@@ -748,7 +754,7 @@ impl Permit for RateLimitPermit {
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
     fn settle(mut self, verdict: Verdict, now: &Reading) {
-        if self.0.settle_quickly(&verdict) {
+        if self.0.settle_quickly(&verdict, now) {
             return;
         }
         let metered = verdict.metered.filter(|_| self.0.is_estimated());
@@ -757,8 +763,8 @@ impl Permit for RateLimitPermit {
 
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
-    fn settle_quickly(&mut self, verdict: &Verdict, _: &Reading) -> bool {
-        self.0.settle_quickly(verdict)
+    fn settle_quickly(&mut self, verdict: &Verdict, now: &Reading) -> bool {
+        self.0.settle_quickly(verdict, now)
     }
 
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]

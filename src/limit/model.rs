@@ -195,6 +195,24 @@ fn a_token_that_comes_back_goes_to_one_of_two() {
 }
 
 #[test]
+fn an_outcome_that_is_counted_while_a_window_ends_moves_the_rate_once() {
+    explore("an outcome is counted while a window ends", 3, || {
+        // On one of the program's clocks, which no step depends on: the window is over when the model says so.
+        let window = Duration::from_secs(31_557_600);
+        let adaptive = Adaptive::new(10).window(window).minimum_calls(1);
+        let limiter = RateLimiter::new("search", adaptive).expect("a valid limit");
+        let permit = ask(&limiter).expect("full");
+        let settles = spawn(move || permit.settle(Outcome::Failure));
+        let state = limiter.shared.state();
+        let end = |windows: u32| limiter.shared.clock.now().saturating_add(windows * window);
+        state.roll(end(1));
+        settles.join().unwrap();
+        state.roll(end(3));
+        assert!((state.adaptive_rate(end(3)).expect("it learns") - 8.0).abs() < 1e-9);
+    });
+}
+
+#[test]
 fn two_who_join_are_served_in_turn() {
     explore("a token comes back while two join", 2, || {
         let (limiter, clock) = one_token();

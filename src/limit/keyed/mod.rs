@@ -8,7 +8,7 @@ mod table;
 
 use super::{
     Algorithm, RateLimiterStatus, abandoned,
-    admitted::Admitted,
+    admitted::{Admitted, Wants},
     algorithm::{Admission, State, View},
     counter,
     status::{KeyStatus, KeysStatus, Seen},
@@ -360,9 +360,13 @@ impl KeyedRateLimiter {
 
     #[inline]
     fn permit(&self, place: Place, cost: u32, admission: Admission) -> KeyedPermit {
-        let learns = matches!(self.set.algorithm, Algorithm::Adaptive(_));
+        // Each key learns for itself.
+        let wants = match self.set.algorithm {
+            Algorithm::Adaptive(_) => Wants::OUTCOME,
+            Algorithm::TokenBucket(_) | Algorithm::SlidingWindow(_) => Wants::NOTHING,
+        };
         KeyedPermit {
-            admitted: Admitted::new(&self.set, admission, cost, learns),
+            admitted: Admitted::new(&self.set, admission, cost, wants),
             place,
         }
     }
@@ -672,8 +676,8 @@ impl Permit for KeyedPermit {
 
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
     #[inline(always)]
-    fn settle_quickly(&mut self, verdict: &Verdict, _: &Reading) -> bool {
-        self.admitted.settle_quickly(verdict)
+    fn settle_quickly(&mut self, verdict: &Verdict, now: &Reading) -> bool {
+        self.admitted.settle_quickly(verdict, now)
     }
 
     #[expect(clippy::inline_always, reason = "every call passes, and most of it folds away")]
