@@ -371,6 +371,7 @@ impl<T> Ready<T> {
     /// Takes the place of one that holds nothing, which so is not asked whether it does.
     #[inline]
     fn become_now(&mut self, next: Self) {
+        debug_assert!(matches!(self, Self::No | Self::Refused), "nothing is held");
         std::mem::forget(std::mem::replace(self, next));
     }
 }
@@ -581,8 +582,8 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
         }
     }
 
-    /// Goes on with a call that a glance did not admit, mostly one that is refused, and with one that was readied to be or was not
-    /// readied. Out of line, for it shares nothing with others.
+    /// Goes on with a call that a glance did not admit: mostly it is refused, here or when its service was readied. And with one
+    /// whose service is not ready. Out of line, for it shares nothing with others.
     #[inline(never)]
     fn call_otherwise<Req>(
         &mut self,
@@ -656,7 +657,8 @@ impl<S, P: Gate, C, R> Guard<S, P, C, R> {
         }
     }
 
-    /// Rejects a call that the last `poll_ready` was ready to reject: as it is now, not as it was then. Out of line, as the other.
+    /// Rejects a call that the last `poll_ready` was ready to reject: as it is now, not as it was then. Out of line, for it shares nothing
+    /// with others.
     #[inline(never)]
     fn refuse<Req>(&mut self, request: Req) -> R::Future
     where

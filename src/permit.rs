@@ -252,8 +252,8 @@ impl<A: Permit, B: Permit> Permit for (A, B) {
     }
 }
 
-/// A permit in charge of a running call: dropped, the call was cancelled. Then the permit is taken out by hand: that its place is
-/// empty is looked at once.
+/// A permit in charge of a running call: dropped, the call was cancelled. Then the permit is taken out by hand: there is one
+/// look whether it is there, and not a second one for what is left.
 pub(crate) struct Held<P: Permit>(ManuallyDrop<Option<P>>);
 
 impl<P: Permit> Held<P> {
@@ -288,6 +288,7 @@ impl<P: Permit> Drop for Held<P> {
 
 /// Settles the permit when dropped, which only an unwinding step does: the others are [done](Self::done). The permit itself would be
 /// dropped too late to know of the panic: after `catch_unwind`, with the future.
+#[must_use = "dropped, it settles the permit"]
 pub(crate) struct OnUnwind<'a, P: Permit, V: Fn() -> Verdict + Copy>(&'a mut Option<P>, V);
 
 impl<'a, P: Permit, V: Fn() -> Verdict + Copy> OnUnwind<'a, P, V> {

@@ -3,7 +3,7 @@
 
 use futures_util::FutureExt;
 use portcullis::{
-    Adaptive, BoxError, CircuitBreaker, Clock, GuardLayer, KeyedRateLimiter, Name, Outcome, Quota, RateLimitLayer,
+    Adaptive, Algorithm, BoxError, CircuitBreaker, Clock, GuardLayer, KeyedRateLimiter, Name, Outcome, Quota, RateLimitLayer,
     RateLimiter, Reason, Rejected, TokenBucket, Verdict,
     classify::Classify,
     policy::{Admit, Gate, Glance, Later, Never, Permit, Policy, Readiness, Reading, Refusing},
@@ -229,6 +229,36 @@ fn each_permit_of_a_pair_is_settled_once_however_the_other_takes_it() {
             assert_eq!(metrics.total_requests, 1, "{what}");
         }
     }
+}
+
+#[test]
+fn a_limiters_permit_tells_what_it_took_when_it_was_settled_where_it_lies() {
+    let a_minute = Duration::from_secs(60);
+    let algorithms: [Algorithm; 2] = [
+        TokenBucket::new(u32::MAX, a_minute).into(),
+        Adaptive::new(u32::MAX).into(),
+    ];
+    let (success, now) = (Outcome::Success.into(), Reading::new());
+    for algorithm in algorithms {
+        let limiter = RateLimiter::new("search", algorithm).unwrap();
+        let callers = KeyedRateLimiter::new("search", algorithm).unwrap();
+        for cost in [0, 1, 3, 1 << 31] {
+            let mut permit = limiter.try_acquire_n(cost).unwrap();
+            assert!(permit.settle_quickly(&success, &now));
+            assert!(!permit.settle_quickly(&success, &now), "it has ended");
+            assert_eq!(permit.cost(), cost);
+            let mut permit = callers.try_acquire_n("alice", cost).unwrap();
+            permit.settle_quickly(&success, &now);
+            assert_eq!(permit.cost(), cost);
+        }
+    }
+}
+
+#[test]
+fn what_a_readied_service_holds_is_shown_without_how_it_is_held() {
+    let breaker = CircuitBreaker::builder("search").build().unwrap();
+    let readied = breaker.reserve(None, &Reading::new(), &mut Context::from_waker(Waker::noop()));
+    assert_eq!(format!("{readied:?}"), "Ready(Reservation(None))");
 }
 
 #[tokio::test]

@@ -362,9 +362,9 @@ impl fmt::Debug for CircuitBreakerPermit {
 
 /// A probe's slot in the hands of a service that is ready but not called yet. Dropped, it was never used.
 ///
-/// Boxed, because every readied service has room for it, and only those of a half-open circuit have one. Taken out by hand: that
-/// there is none is looked at once, and nothing else of it is where the call is made.
-#[derive(Debug, Default)]
+/// Boxed, because every readied service has room for it, and only those of a half-open circuit have one. Taken out by hand:
+/// there is one look whether there is one, and nothing else of it where the call is made.
+#[derive(Default)]
 #[must_use = "a slot that is dropped is given back"]
 pub struct Reservation(ManuallyDrop<Option<Box<CircuitBreakerPermit>>>);
 
@@ -391,6 +391,12 @@ impl Reservation {
 
     pub(crate) fn still_holds(&self, now: &Reading) -> bool {
         self.0.as_ref().is_some_and(|permit| permit.still_holds(now))
+    }
+}
+
+impl fmt::Debug for Reservation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Reservation").field(&*self.0).finish()
     }
 }
 

@@ -98,6 +98,12 @@ impl Word {
         Self(Self::OVER.0 | others | if set { bit } else { 0 })
     }
 
+    /// The same of a permit that has ended: only what it took is still told.
+    #[inline]
+    fn over(self) -> Self {
+        Self(Self::OVER.0 | u64::from(self.cost()))
+    }
+
     #[inline]
     #[expect(clippy::cast_possible_truncation, reason = "those bits are wanted")]
     fn cost(self) -> u32 {
@@ -155,14 +161,14 @@ impl<T: Homed> Admitted<T> {
             return false;
         }
         if word.has(Word::QUICK) {
-            self.word = Word::OVER;
+            self.word = word.over();
             ManuallyDrop::new(Sitting::of(word.seat())).ending().end();
             return true;
         }
         let Some(counter) = word.counter(verdict.outcome, now) else {
             return false;
         };
-        self.word = Word::OVER;
+        self.word = word.over();
         ManuallyDrop::new(Sitting::of(word.seat()))
             .ending()
             .count_and_end(counter);
@@ -177,8 +183,7 @@ impl<T: Homed> Admitted<T> {
         if !word.has(Word::QUICK | Word::ASKED) {
             return None;
         }
-        // Nor is it to be counted any more.
-        self.word = Word::new(word.cost(), word.seat(), 0).with(Word::ESTIMATED, word.has(Word::ESTIMATED));
+        self.word = word.over();
         Some((Share::of(word.seat(), self.standing.take()), word.has(Word::ASKED)))
     }
 

@@ -144,7 +144,8 @@ impl<R> Readiness<R> {
     note = "settings are none: `TokenBucket` and its like go into `RateLimiter::new(name, …)`, a config into `CircuitBreaker::builder(name).config(…)`"
 )]
 pub trait Gate {
-    /// What a readied service holds until it is called. Dropped, it is given back.
+    /// What a readied service holds until it is called. Dropped, it is given back; that must not panic, or a call that has just
+    /// been made is lost with its permit.
     type Reserved;
 
     /// Keeps or renews what is held, waits, or refuses. A refusal leaves no trace: one call may ask many times.
@@ -282,7 +283,7 @@ pub trait Policy<Req>: Gate {
     const TRACELESS: bool = false;
 
     /// A shortcut of [`admit`](Self::admit): the permit, if a look at the policy is enough. Otherwise nothing is taken and nothing
-    /// counted, and `admit` is asked. What was reserved is dropped once there is a permit. Default: a look is never enough.
+    /// counted, and `admit` is asked. What was reserved is dropped once the call is made. Default: a look is never enough.
     fn glance(&self, reserved: &Self::Reserved, request: &Req, now: &Reading) -> Option<Self::Permit> {
         let _ = (reserved, request, now);
         None
