@@ -212,7 +212,7 @@ fn from_64_requests_on_calls_of_other_threads_need_not_keep_a_permit_from_coming
 }
 
 #[test]
-fn a_refusal_tells_that_nothing_remains_whatever_the_order_of_the_times() {
+fn a_window_that_refuses_tells_that_nothing_remains_whatever_the_order_of_the_times() {
     for quota in [2, 62] {
         let (clock, limiter) = limiter(SlidingWindow::new(quota, MINUTE));
         clock.advance(10 * SECOND);
@@ -221,6 +221,7 @@ fn a_refusal_tells_that_nothing_remains_whatever_the_order_of_the_times() {
         // As of a thread that has read the time before the others, and is served after them.
         limiter.try_acquire_n(quota / 2).expect("there is room");
         clock.advance(MINUTE);
+        assert_eq!(available(&limiter), 0, "a quota of {quota}");
         let refused = limiter.try_acquire().expect_err("the first are not a minute old");
         assert_eq!(refused.retry_after, Some(10 * SECOND));
         assert_eq!(refused.quota().expect("told").remaining, 0, "a quota of {quota}");

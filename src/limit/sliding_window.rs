@@ -650,10 +650,15 @@ impl SlidingWindowState {
         let stamp = self.stamp(now);
         let free_in = |lane: &Lane| {
             let (ring, head, size) = (lane.ring(), lane.position(), lane.ring().size());
-            let (mut free, mut beyond) = (0, size);
+            let is_free = |n| ring.before(head.forward(n, size)) <= stamp - self.window;
+            // The first of them first: where stamps do not rise, others behind it may be free already and have to wait for it.
+            if !is_free(0) {
+                return 0;
+            }
+            let (mut free, mut beyond) = (1, size);
             while free < beyond {
                 let middle = free.midpoint(beyond);
-                if ring.before(head.forward(middle, size)) <= stamp - self.window {
+                if is_free(middle) {
                     free = middle + 1;
                 } else {
                     beyond = middle;
