@@ -45,7 +45,8 @@ use std::{sync::PoisonError, time::Duration};
 ///
 /// O(1) memory. An admission is the one of a token bucket and one more addition; an outcome is a reading of the clock and one
 /// addition, which only its thread's line sees. A rejection takes a mutex, to tell when it would end, and so do the first call
-/// after the end of a window, a permit that is dropped or settled with another cost, and on a manual clock every outcome.
+/// after the end of a window, a permit that is dropped or settled with a cost, and on a manual clock every outcome. Whoever ends a
+/// window, or is refused until after its end, adds up a line for each thread.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adaptive {
     base_rate: u32,
@@ -201,22 +202,6 @@ impl Adaptive {
         }
     }
 
-    /// The rate after a window with these outcomes.
-    fn next_rate(&self, rate: f64, seen: Seen) -> f64 {
-        if seen.calls() < u64::from(self.minimum_calls) {
-            return rate;
-        }
-        let error_rate = seen.failures() as f64 / seen.calls() as f64;
-        let moved = if error_rate > self.error_threshold {
-            rate * (1.0 - self.adjustment_factor)
-        } else if seen.used as f64 >= rate / 2.0 {
-            rate * (1.0 + self.adjustment_factor)
-        } else {
-            rate
-        };
-        moved.clamp(self.lowest().into(), self.highest().into())
-    }
-
     pub(super) fn build(&self, now: Timestamp) -> Result<AdaptiveState, ConfigError> {
         self.validate()?;
         let token = self.token()?;
@@ -232,7 +217,14 @@ impl Adaptive {
             window_end: now.saturating_add(self.window),
         };
         let state = AdaptiveState {
-            config: *self,
+            rules: Rules {
+                lowest: self.lowest(),
+                highest: self.highest(),
+                window: nanos(self.window),
+                error_threshold: self.error_threshold,
+                adjustment_factor: self.adjustment_factor,
+                minimum_calls: self.minimum_calls,
+            },
             sits: None,
             level: Level::full(&line(self.base_rate)),
             scale: Scale::new(token, self.largest(), &line(self.highest()), false),
@@ -309,9 +301,38 @@ pub(super) struct Moved {
     pub(super) at: Timestamp,
 }
 
+/// What moves the rate. Apart from the settings, which take more room: a keyed limiter keeps this for each key.
+#[derive(Debug)]
+struct Rules {
+    lowest: u32,
+    highest: u32,
+    window: u64,
+    error_threshold: f64,
+    adjustment_factor: f64,
+    minimum_calls: u32,
+}
+
+impl Rules {
+    /// The rate after a window with these outcomes.
+    fn next_rate(&self, rate: f64, seen: Seen) -> f64 {
+        if seen.calls() < u64::from(self.minimum_calls) {
+            return rate;
+        }
+        let error_rate = seen.failures() as f64 / seen.calls() as f64;
+        let moved = if error_rate > self.error_threshold {
+            rate * (1.0 - self.adjustment_factor)
+        } else if seen.used as f64 >= rate / 2.0 {
+            rate * (1.0 + self.adjustment_factor)
+        } else {
+            rate
+        };
+        moved.clamp(self.lowest.into(), self.highest.into())
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct AdaptiveState {
-    config: Adaptive,
+    rules: Rules,
     /// Boxed, since the states of a keyed limiter, of which there are many, do not sit.
     sits: Option<Box<Sits>>,
     level: Level,
@@ -443,7 +464,7 @@ impl AdaptiveState {
     fn next_course(&self, course: &Course, now: Timestamp) -> Option<(Course, Seen)> {
         let over = now.nanos().checked_sub(course.window_end.nanos())?;
         let seen = self.seen();
-        let rate = self.config.next_rate(course.rate, seen);
+        let rate = self.rules.next_rate(course.rate, seen);
         let window = course.line.div;
         let windows = over / window + 1;
         let end = course.window_end.nanos().saturating_add(windows.saturating_mul(window));
@@ -503,7 +524,7 @@ impl AdaptiveState {
 
     /// The line that holds now, a due move included.
     fn line(&self, now: Timestamp) -> Line {
-        match self.published.read(nanos(self.config.window)) {
+        match self.published.read(self.rules.window) {
             Some((line, window_end)) if now < window_end => line,
             _ => {
                 let course = self.course();
@@ -545,7 +566,7 @@ impl AdaptiveState {
     /// Takes one token, if that is there and the window is not over; otherwise nothing has happened.
     #[inline(never)]
     pub(super) fn take_one_at_a_glance(&self, now: Timestamp) -> bool {
-        let Some((line, window_end)) = self.published.read(nanos(self.config.window)) else {
+        let Some((line, window_end)) = self.published.read(self.rules.window) else {
             return false;
         };
         let taken = now < window_end && self.bucket().take(&line, 1, now).is_ok();
