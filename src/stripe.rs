@@ -304,7 +304,7 @@ impl Seat {
     }
 }
 
-/// A seat, for the parts of the state that sits there: what they count and publish in it is the state's.
+/// A seat by its number, for those parts of a state that count or publish something there. Good for as long as the state sits.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Seated(u8);
 

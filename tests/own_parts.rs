@@ -3,8 +3,8 @@
 
 use futures_util::FutureExt;
 use portcullis::{
-    Adaptive, Algorithm, BoxError, CircuitBreaker, Clock, GuardLayer, KeyedRateLimiter, Name, Outcome, Quota, RateLimitLayer,
-    RateLimiter, Reason, Rejected, TokenBucket, Verdict,
+    Adaptive, Algorithm, BoxError, CircuitBreaker, Clock, GuardLayer, KeyedRateLimiter, Name, Outcome, Quota,
+    RateLimitLayer, RateLimiter, Reason, Rejected, TokenBucket, Verdict,
     classify::Classify,
     policy::{Admit, Gate, Glance, Later, Never, Permit, Policy, Readiness, Reading, Refusing},
     reject::Reject,

@@ -347,6 +347,9 @@ pub(super) struct AdaptiveState {
 }
 
 /// Where outcomes are counted besides the state itself, and the end of the window is published for those who do so.
+///
+/// Whoever ends a window sums the counts up first, and then stores the new end with Release; who counts has loaded the end with
+/// Acquire. So who counts because it has seen the new end is not in the sum of the old window.
 #[derive(Debug)]
 struct Sits {
     seat: Seated,

@@ -58,7 +58,7 @@ pub(super) fn outcomes(outcome: Outcome) -> usize {
 /// bit  41      quick: the share is to be ended, and that is all, unless the cost was another
 /// bit  42      asked: the share is to be ended, and the limiter asked what it wants to know
 /// bit  43      set, so that no word is zero
-/// bits 44..46  clock: instead of being asked the limiter can count the outcome, while it is early enough on this clock
+/// bits 44..46  clock: while it is early enough on this clock the permit counts the outcome, and the limiter is not asked
 /// ```
 ///
 /// Neither quick nor asked, the permit has ended.
