@@ -967,13 +967,13 @@ fn end_of_window_is_after(clock: &ManualClock, limiter: &RateLimiter, wait: Dura
 async fn outcomes_that_are_only_counted_move_the_rate_as_those_that_are_told() {
     let seed = seed();
     let below = |dice: &mut Dice, n: usize| usize::try_from(dice.below(n as u64)).expect("an index");
+    let mut moves = 0;
     for task in 0..100 {
         let mut dice = Dice::new(seed, task);
         let algorithm = adaptive().burst(10_000);
         let (clock, told) = limiter(algorithm);
         let counted = RateLimiter::new("agent", algorithm).unwrap();
         let mut running = Vec::new();
-        let mut moves = 0;
         for step in 0..400 {
             let before = rate(&told);
             if dice.once_in(20) {
@@ -1012,8 +1012,8 @@ async fn outcomes_that_are_only_counted_move_the_rate_as_those_that_are_told() {
             assert_eq!(told.accepted_requests, counted.accepted_requests);
             assert_eq!(told.returned_requests, counted.returned_requests);
         }
-        assert!(moves > 0, "run {task} tells nothing");
     }
+    assert!(moves > 100, "{moves} moves tell little");
 }
 
 #[tokio::test(start_paused = true)]
