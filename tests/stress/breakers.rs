@@ -9,13 +9,13 @@ use crate::{
 };
 use portcullis::{
     Backoff, CircuitBreaker, CircuitBreakerConfig, CircuitBreakerLayer, CircuitBreakerMetrics, CircuitBreakerStatus,
-    Clock, Outcome, State, Window,
+    Clock, Outcome, Reason, State, Window,
 };
 use std::{
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
-use tower::{Layer, ServiceBuilder, ServiceExt};
+use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
 const PROBES: u32 = 3;
 const SUCCESSES: u32 = 2;
@@ -224,6 +224,23 @@ async fn check_recovery(world: &Arc<World>, breaker: &CircuitBreaker) {
     }
 }
 
+/// Nobody calls any more: every slot can be used at once, and no more than there are. How many overlap under stress is chance.
+async fn check_slots(world: &Arc<World>, breaker: &CircuitBreaker, stack: &Stack) {
+    let wait = breaker.status().retry_after.unwrap_or_default();
+    world.manual.advance(wait);
+    let mut probes = Vec::new();
+    for running in 1..=PROBES as usize {
+        let mut stack = stack.clone();
+        let probe = stack.ready().await.expect("never moody").call(Call::of(End::Hang));
+        assert_eq!(world.running(), running);
+        probes.push(probe);
+    }
+    let full = breaker.try_acquire().expect_err("every slot is taken");
+    assert_eq!(full.reason, Reason::HalfOpenFull);
+    drop(probes);
+    assert_eq!(world.running(), 0);
+}
+
 #[derive(Debug, Default)]
 struct Met {
     seen: Seen,
@@ -327,6 +344,7 @@ fn no_more_probes_run_than_may_however_they_end_and_no_earlier_success_closes_th
     const EARLIER: usize = 200;
     let root = seed();
     let unit = Duration::from_secs(1);
+    let (mut met, mut earlier_successes) = (Ended::default(), 0);
     for not_ready in [false, true] {
         let world = Arc::new(World::new(root ^ u64::from(not_ready)));
         let config = CircuitBreakerConfig::default()
@@ -346,12 +364,14 @@ fn no_more_probes_run_than_may_however_they_end_and_no_earlier_success_closes_th
             Ok(()) => Outcome::Ignored,
             Err(_) => Outcome::Failure,
         });
-        let upstream = Upstream::new(&world, true);
-        let stack = if not_ready {
-            Stack::new(ServiceBuilder::new().layer(layer.not_ready()).service(upstream))
-        } else {
-            Stack::new(ServiceBuilder::new().layer(layer).service(upstream))
+        let stack_over = |upstream| {
+            if not_ready {
+                Stack::new(ServiceBuilder::new().layer(layer.clone().not_ready()).service(upstream))
+            } else {
+                Stack::new(ServiceBuilder::new().layer(&layer).service(upstream))
+            }
         };
+        let stack = stack_over(Upstream::new(&world, true));
         let passing = {
             let (world, breaker, mut dice) = (world.clone(), breaker.clone(), world.dice(100));
             move || {
@@ -381,16 +401,15 @@ fn no_more_probes_run_than_may_however_they_end_and_no_earlier_success_closes_th
             // Those for which there was no time were dropped.
             let others = metrics.successful_requests + metrics.cancelled_requests;
             assert_eq!(others, dropped + EARLIER as u64);
-            assert!(metrics.successful_requests > 0);
+            earlier_successes += metrics.successful_requests;
+            met += seen.ended;
             assert!(failures.contains(&metrics.failed_requests), "{failures:?}: {metrics:?}");
-            assert!(answered > 0 && failed > 0 && dropped > 0, "{seen:?}");
-            assert_eq!(
-                world.most_running(),
-                PROBES as usize,
-                "all slots were used, and no more"
-            );
             assert_eq!(metrics.state_transitions.half_open_to_closed, 0);
+            check_slots(&world, &breaker, &stack_over(Upstream::new(&world, false))).await;
+            assert_eq!(world.most_running(), PROBES as usize);
             check_recovery(&world, &breaker).await;
         });
     }
+    assert!(earlier_successes > 0);
+    assert!(met.answered > 0 && met.failed > 0 && met.dropped > 0, "{met:?}");
 }
