@@ -36,6 +36,8 @@ pub struct Timestamp(u64);
 impl Timestamp {
     /// Where a clock begins. So far from zero that zero is longer ago than any setting reaches (100 years).
     pub(crate) const BEGINNING: Self = Self(1 << 62);
+    /// Behind which there is no time.
+    pub(crate) const END: Self = Self(u64::MAX);
 
     #[inline]
     pub(crate) const fn from_nanos(nanos: u64) -> Self {

@@ -252,6 +252,24 @@ fn a_wait_without_end_may_be_asked_for() {
 }
 
 #[test]
+fn where_time_ends_a_wait_waits_for_what_is_given_back() {
+    for algorithm in one_a_second() {
+        let (clock, limiter) = limiter(algorithm);
+        clock.advance(Duration::MAX);
+        let permit = limiter.try_acquire().expect("full");
+        let mut front = waiting(limiter.acquire());
+        let mut second = waiting(limiter.acquire());
+        assert!(!front.is_woken() && !second.is_woken(), "no busy loop");
+        permit.unused();
+        drop(admitted(&mut front));
+        settle_down(&mut second);
+        clock.advance(SECOND);
+        assert!(!second.is_woken(), "no time passes there");
+        assert_eq!(limiter.status().waiting, 1);
+    }
+}
+
+#[test]
 fn a_wait_that_did_not_fit_after_all_is_refused_at_its_deadline() {
     let (clock, limiter) = limiter(TokenBucket::new(1, SECOND));
     let reserved = limiter.try_acquire().unwrap();

@@ -210,6 +210,10 @@ impl Future for Acquire {
                 Look::Waiting { until } => until,
             };
             let deadline = this.place.as_ref().and_then(|place| place.deadline);
+            if now == Timestamp::END && deadline.is_none() {
+                // No timer is later: only what is given back wakes it.
+                return Poll::Pending;
+            }
             let Some(until) = until.into_iter().chain(deadline).min() else {
                 return Poll::Pending;
             };
