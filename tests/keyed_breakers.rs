@@ -83,6 +83,14 @@ fn settings_outside_their_range_are_refused() {
             "failure_threshold",
             KeyedCircuitBreaker::builder("shops").config(config().failure_threshold(0)),
         ),
+        (
+            "idle_timeout",
+            KeyedCircuitBreaker::builder("shops").idle_timeout(Duration::ZERO),
+        ),
+        (
+            "idle_timeout",
+            KeyedCircuitBreaker::builder("shops").idle_timeout(Duration::MAX),
+        ),
     ] {
         assert_eq!(builder.build().unwrap_err().field(), field);
     }
@@ -287,6 +295,139 @@ fn if_all_were_used_the_one_that_has_its_place_for_the_longest_goes() {
         }
         assert_eq!(set.status().evicted, u64::from(new) + 1);
     }
+}
+
+const INSTANT: Duration = Duration::from_nanos(1);
+const IDLE: Duration = Duration::from_secs(600);
+/// An instant before that.
+const ALMOST_IDLE: Duration = Duration::new(599, 999_999_999);
+
+fn forgetful(clock: &ManualClock, max_keys: usize) -> KeyedCircuitBreaker {
+    KeyedCircuitBreaker::builder("shops")
+        .config(config())
+        .max_keys(max_keys)
+        .idle_timeout(IDLE)
+        .clock(clock)
+        .build()
+        .unwrap()
+}
+
+/// A new key comes: whether it got a place of its own.
+fn finds_room(set: &KeyedCircuitBreaker, key: u32) -> bool {
+    let before = set.status().overflowed;
+    set.get(&key);
+    set.status().overflowed == before
+}
+
+#[test]
+fn a_key_that_failed_and_never_came_back_makes_room_once_nobody_has_asked_for_it_for_long_enough() {
+    let marks: [fn(&KeyedCircuitBreaker); 2] = [|set| end(set, 0, Outcome::Failure), |set| trip(set, 0)];
+    for mark in marks {
+        let clock = Clock::manual();
+        let set = forgetful(&clock, 1);
+        mark(&set);
+        clock.advance(IDLE * 2);
+        assert!(
+            !finds_room(&set, 1),
+            "from this look on it counts as idle, and not before"
+        );
+        clock.advance(ALMOST_IDLE);
+        assert!(!finds_room(&set, 1));
+        let before = set.status().metrics;
+        clock.advance(INSTANT);
+        assert!(finds_room(&set, 1));
+        let status = set.status();
+        assert_eq!((status.tracked, status.evicted, status.open), (1, 1, 0));
+        assert_eq!(status.metrics, before, "what it counted is not lost");
+        end(&set, 1, Outcome::Failure);
+        assert!(!finds_room(&set, 0), "another has its place");
+    }
+}
+
+#[test]
+fn whoever_is_asked_for_begins_anew_to_be_idle() {
+    let clock = Clock::manual();
+    let set = forgetful(&clock, 1);
+    end(&set, 0, Outcome::Failure);
+    assert!(!finds_room(&set, 1));
+    clock.advance(ALMOST_IDLE);
+    set.get(&0);
+    clock.advance(INSTANT);
+    assert!(!finds_room(&set, 1), "it was used");
+    clock.advance(ALMOST_IDLE);
+    assert!(!finds_room(&set, 1), "and not found idle before");
+    clock.advance(INSTANT);
+    assert!(finds_room(&set, 1));
+}
+
+#[test]
+fn however_long_it_is_idle_what_still_refuses_or_is_in_use_is_kept() {
+    type Mark = fn(&KeyedCircuitBreaker) -> Option<Box<dyn std::any::Any>>;
+    let marks: [(&str, Mark); 6] = [
+        ("forced open", |set| {
+            set.get(&0).force_open();
+            None
+        }),
+        ("forced closed", |set| {
+            set.get(&0).force_closed();
+            None
+        }),
+        ("a config of its own", |set| {
+            set.get(&0).reconfigure(config().failure_threshold(9)).unwrap();
+            None
+        }),
+        ("a handle", |set| {
+            end(set, 0, Outcome::Failure);
+            Some(Box::new(set.get(&0)))
+        }),
+        ("a permit", |set| {
+            end(set, 0, Outcome::Failure);
+            Some(Box::new(set.try_acquire(&0).unwrap()))
+        }),
+        ("an open time that is not over", |set| {
+            set.get(&0).reconfigure(config().recovery_timeout(IDLE * 100)).unwrap();
+            trip(set, 0);
+            set.get(&0).reconfigure(config()).unwrap();
+            None
+        }),
+    ];
+    for (what, mark) in marks {
+        let clock = Clock::manual();
+        let set = forgetful(&clock, 1);
+        let held = mark(&set);
+        for new in 1..20 {
+            assert!(!finds_room(&set, new), "{what}");
+            clock.advance(IDLE);
+        }
+        drop(held);
+    }
+}
+
+#[test]
+fn who_is_as_good_as_new_goes_before_who_is_idle() {
+    let clock = Clock::manual();
+    let set = forgetful(&clock, 3);
+    end(&set, 0, Outcome::Failure);
+    end(&set, 1, Outcome::Failure);
+    let held = set.get(&2);
+    assert!(!finds_room(&set, 3));
+    clock.advance(IDLE);
+    drop(held);
+    end(&set, 2, Outcome::Success);
+    assert!(finds_room(&set, 3), "in the place of 2, though it was used last");
+    assert_eq!([0, 1].map(|key| set.get(&key).status().failure_count), [1, 1]);
+}
+
+#[test]
+fn by_default_a_key_is_idle_after_an_hour() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 1);
+    trip(&set, 0);
+    assert!(!finds_room(&set, 1));
+    clock.advance(Duration::from_secs(3_599));
+    assert!(!finds_room(&set, 1));
+    clock.advance(Duration::from_secs(1));
+    assert!(finds_room(&set, 1));
 }
 
 #[test]

@@ -7,7 +7,7 @@
 use super::{CircuitBreaker, CircuitBreakerConfig, CircuitBreakerMetrics, Core, config::Settings, counter};
 use crate::{
     clock::{Clock, Reading, Timestamp},
-    error::{ConfigError, within},
+    error::{ConfigError, duration, within},
     event::{Event, Hub, Listener, ListenerId},
     fingerprint::{Seed, SipHasher},
     name::Name,
@@ -24,10 +24,13 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 /// How many keys a new one looks at for one to evict, at most.
 const LOOKS: usize = 16;
+
+const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(3_600);
 
 /// A circuit breaker for each key: an upstream host, a tenant, a shop.
 ///
@@ -53,9 +56,12 @@ const LOOKS: usize = 16;
 /// At most [`max_keys`](KeyedCircuitBreakerBuilder::max_keys) breakers are kept. A new key then takes the place of one whose
 /// breaker is as good as new: closed by itself, without a failure or a slow call in what it remembers, with the config of the
 /// set, its handle and permits in nobody's hands. A new key looks at up to 16 of them, the longest unused first. If none of
-/// these can go, the key's calls share one *overflow* breaker, and the next call looks at the next 16. So no failure is ever
-/// forgotten, and keys that failed and never came back keep their places: [`reset`](CircuitBreaker::reset) frees them. So strangers
-/// should not choose the keys: see the [README](crate#under-attack).
+/// these can go, it takes the place of one that nobody has asked for since a look found it unused
+/// [`idle_timeout`](KeyedCircuitBreakerBuilder::idle_timeout) ago, an hour by default: a host that failed and never came back, say.
+/// What that one has seen is forgotten, also that its circuit was open; but it stays as long as an open time runs, an override
+/// or a config of its own is set, or somebody holds it. If there is none of those either, the key's calls share one *overflow*
+/// breaker, and the next call looks at the next 16. So who makes breakers fail under keys of his own choice makes others share the
+/// overflow for an hour: see the [README](crate#under-attack).
 ///
 /// # Cost
 ///
@@ -72,6 +78,7 @@ struct Set {
     config: CircuitBreakerConfig,
     settings: Settings,
     max_keys: usize,
+    idle_timeout: Duration,
     seed: Seed,
     hub: Arc<Hub>,
     shards: Shards<Entry>,
@@ -85,6 +92,8 @@ struct Entry {
     breaker: CircuitBreaker,
     /// Since a new key last looked here.
     used: AtomicBool,
+    /// When a look last found that it was used: it was not since.
+    idle_since: Timestamp,
 }
 
 /// What has to be seen and changed together.
@@ -130,6 +139,7 @@ pub struct KeyedCircuitBreakerBuilder {
     clock: Clock,
     config: CircuitBreakerConfig,
     max_keys: usize,
+    idle_timeout: Duration,
 }
 
 impl KeyedCircuitBreakerBuilder {
@@ -142,6 +152,13 @@ impl KeyedCircuitBreakerBuilder {
     /// How many keys have a breaker of their own, 1 to 1,048,576. Default: 1,000.
     pub fn max_keys(mut self, keys: usize) -> Self {
         self.max_keys = keys;
+        self
+    }
+
+    /// After how long without anybody asking for a key its breaker may be forgotten, failures and all, if a new key finds no
+    /// room otherwise; 1 ns to 100 years. Default: one hour. See [full sets](KeyedCircuitBreaker#when-the-set-is-full).
+    pub fn idle_timeout(mut self, timeout: Duration) -> Self {
+        self.idle_timeout = timeout;
         self
     }
 
@@ -160,6 +177,7 @@ impl KeyedCircuitBreakerBuilder {
         let name = Name::new("name", &self.name)?;
         let settings = self.config.validate()?;
         let max_keys = within("max_keys", self.max_keys, &(1..=1 << 20))?;
+        let idle_timeout = duration("idle_timeout", self.idle_timeout)?;
         let hub = Arc::<Hub>::default();
         let (named, clock) = (name.clone(), self.clock.clone());
         let (config, checked, shared_hub) = (self.config.clone(), settings.clone(), hub.clone());
@@ -171,6 +189,7 @@ impl KeyedCircuitBreakerBuilder {
                 config: self.config,
                 settings,
                 max_keys,
+                idle_timeout,
                 seed: Seed::default(),
                 hub,
                 shards: Shards::default(),
@@ -221,11 +240,12 @@ impl Set {
         if let Some(breaker) = self.find(fingerprint) {
             return breaker;
         }
+        let now = self.clock.now();
         let evicted = if books.ring.len() < self.max_keys {
             books.ring.push(fingerprint);
             None
         } else {
-            let Some((place, entry)) = self.evict(&mut books) else {
+            let Some((place, entry)) = self.evict(&mut books, now) else {
                 books.overflowed += 1;
                 return self.overflow.clone();
             };
@@ -236,6 +256,7 @@ impl Set {
         let entry = Entry {
             breaker: breaker.clone(),
             used: AtomicBool::new(true),
+            idle_since: now,
         };
         self.shards.write(fingerprint).insert(fingerprint, entry);
         drop(books);
@@ -243,33 +264,66 @@ impl Set {
         breaker
     }
 
-    /// Takes out one that is as good as new: of the next few one that was not used since the last look, or else any.
-    fn evict(&self, books: &mut Books) -> Option<(usize, Entry)> {
-        let now = self.clock.now();
+    /// Takes out one that is as good as new: of the next few one that was not used since the last look, or else any. If there is none,
+    /// one that has been idle for long enough.
+    fn evict(&self, books: &mut Books, now: Timestamp) -> Option<(usize, Entry)> {
         let keys = books.ring.len();
         let looks = LOOKS.min(keys);
         let first = books.hand;
+        let mut idle = None;
         for look in 0..2 * looks {
             let place = (first + look % looks) % keys;
             books.hand = (place + 1) % keys;
-            let fingerprint = books.ring[place];
-            let mut shard = self.shards.write(fingerprint);
-            let Some(entry) = shard.get_mut(&fingerprint) else {
-                unreachable!("the ring and the shards hold the same keys")
-            };
-            let used = std::mem::take(entry.used.get_mut());
-            if used && look < looks || !self.is_as_new(&mut entry.breaker, now) {
-                continue;
-            }
-            if let Some(entry) = shard.remove(&fingerprint) {
-                drop(shard);
-                let transitions = entry.breaker.shared.caught_up().view(now).transitions;
-                books.retired.add(&entry.breaker, transitions);
-                books.evicted += 1;
+            let used_may_go = look >= looks;
+            let evicted = self.take_out(books, place, now, |entry| {
+                let used = std::mem::take(entry.used.get_mut());
+                if used {
+                    entry.idle_since = now;
+                } else if idle.is_none() && self.is_idle(entry, now) {
+                    idle = Some(place);
+                }
+                (used_may_go || !used) && self.is_as_new(&mut entry.breaker, now)
+            });
+            if let Some(entry) = evicted {
                 return Some((place, entry));
             }
         }
-        None
+        let place = idle?;
+        let evicted = self.take_out(books, place, now, |entry| self.is_idle(entry, now))?;
+        Some((place, evicted))
+    }
+
+    /// Takes out the key at this place of the ring, if it may go.
+    fn take_out(
+        &self,
+        books: &mut Books,
+        place: usize,
+        now: Timestamp,
+        may_go: impl FnOnce(&mut Entry) -> bool,
+    ) -> Option<Entry> {
+        let fingerprint = books.ring[place];
+        let mut shard = self.shards.write(fingerprint);
+        let Some(entry) = shard.get_mut(&fingerprint) else {
+            unreachable!("the ring and the shards hold the same keys")
+        };
+        if !may_go(entry) {
+            return None;
+        }
+        let entry = shard.remove(&fingerprint)?;
+        drop(shard);
+        let transitions = entry.breaker.shared.caught_up().view(now).transitions;
+        books.retired.add(&entry.breaker, transitions);
+        books.evicted += 1;
+        Some(entry)
+    }
+
+    /// Whether nobody has asked for it for so long that what it has seen may be forgotten. The caller holds the shard for writing.
+    fn is_idle(&self, entry: &mut Entry, now: Timestamp) -> bool {
+        !*entry.used.get_mut()
+            && now.duration_since(entry.idle_since) >= self.idle_timeout
+            && entry.breaker.shared.is_sole()
+            && entry.breaker.shared.caught_up().may_be_forgotten(now)
+            && *entry.breaker.shared.config() == self.config
     }
 
     /// The caller holds the shard for writing: who finds no other handle now finds none until it is done.
@@ -286,6 +340,7 @@ impl KeyedCircuitBreaker {
             clock: Clock::system(),
             config: CircuitBreakerConfig::default(),
             max_keys: 1_000,
+            idle_timeout: DEFAULT_IDLE_TIMEOUT,
         }
     }
 
@@ -362,6 +417,12 @@ impl KeyedCircuitBreaker {
     #[must_use]
     pub fn max_keys(&self) -> usize {
         self.set.max_keys
+    }
+
+    /// After how long a key that nobody asks for may be forgotten.
+    #[must_use]
+    pub fn idle_timeout(&self) -> Duration {
+        self.set.idle_timeout
     }
 
     /// Whether the other set means the same: its config, in whatever spelling, and how many keys.
@@ -477,7 +538,7 @@ pub struct KeyedCircuitBreakerStatus {
     pub open: usize,
     /// Keys whose circuit is half-open.
     pub half_open: usize,
-    /// Keys whose breaker was as good as new and made room for another.
+    /// Keys whose breaker was as good as new, or that nobody asked for any more, and that made room for another.
     pub evicted: u64,
     /// How often a breaker was asked for and was the overflow breaker.
     pub overflowed: u64,

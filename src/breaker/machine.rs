@@ -217,6 +217,12 @@ impl Machine {
             && self.probes.iter().all(|lease| lease.end <= now)
     }
 
+    /// Whether nobody has set it by hand, it refuses nobody, and no probe is under way.
+    pub(super) fn may_be_forgotten(&self, now: Timestamp) -> bool {
+        let refuses = matches!(self.mode, Mode::Open { until } if now < until);
+        self.forced.is_none() && !refuses && self.probes.iter().all(|lease| lease.end <= now)
+    }
+
     /// Until when every acquire is refused for one reason, if that is so: the end of the open time, or of the first lease of a
     /// full set.
     pub(super) fn refused_until(&self) -> Option<Timestamp> {
