@@ -188,7 +188,7 @@ fn encode_keyed_breakers(page: &mut Page, keyed: &[&KeyedCircuitBreakerStatus]) 
     page.family(
         Kind::Counter,
         "circuit_breaker_evicted_keys",
-        "Keys whose circuit was as good as new, or that were idle, and made room for another.",
+        "Keys whose circuit was as good as new, or its failures old, and that made room for another.",
         keyed
             .iter()
             .map(|it| (vec![("service", it.service.as_str())], it.evicted as f64)),

@@ -84,12 +84,12 @@ fn settings_outside_their_range_are_refused() {
             KeyedCircuitBreaker::builder("shops").config(config().failure_threshold(0)),
         ),
         (
-            "idle_timeout",
-            KeyedCircuitBreaker::builder("shops").idle_timeout(Duration::ZERO),
+            "forget_after",
+            KeyedCircuitBreaker::builder("shops").forget_after(Duration::ZERO),
         ),
         (
-            "idle_timeout",
-            KeyedCircuitBreaker::builder("shops").idle_timeout(Duration::MAX),
+            "forget_after",
+            KeyedCircuitBreaker::builder("shops").forget_after(Duration::MAX),
         ),
     ] {
         assert_eq!(builder.build().unwrap_err().field(), field);
@@ -297,16 +297,16 @@ fn if_all_were_used_the_one_that_has_its_place_for_the_longest_goes() {
     }
 }
 
-const INSTANT: Duration = Duration::from_nanos(1);
-const IDLE: Duration = Duration::from_secs(600);
+const OLD: Duration = Duration::from_secs(600);
 /// An instant before that.
-const ALMOST_IDLE: Duration = Duration::new(599, 999_999_999);
+const ALMOST_OLD: Duration = Duration::new(599, 999_999_999);
+const INSTANT: Duration = Duration::from_nanos(1);
 
-fn forgetful(clock: &ManualClock, max_keys: usize) -> KeyedCircuitBreaker {
+fn forgetful(clock: &ManualClock, max_keys: usize, config: CircuitBreakerConfig) -> KeyedCircuitBreaker {
     KeyedCircuitBreaker::builder("shops")
-        .config(config())
+        .config(config)
         .max_keys(max_keys)
-        .idle_timeout(IDLE)
+        .forget_after(OLD)
         .clock(clock)
         .build()
         .unwrap()
@@ -320,18 +320,14 @@ fn finds_room(set: &KeyedCircuitBreaker, key: u32) -> bool {
 }
 
 #[test]
-fn a_key_that_failed_and_never_came_back_makes_room_once_nobody_has_asked_for_it_for_long_enough() {
+fn a_key_that_failed_and_never_came_back_makes_room_when_its_failures_are_old() {
     let marks: [fn(&KeyedCircuitBreaker); 2] = [|set| end(set, 0, Outcome::Failure), |set| trip(set, 0)];
     for mark in marks {
         let clock = Clock::manual();
-        let set = forgetful(&clock, 1);
+        let set = forgetful(&clock, 1, config());
+        clock.advance(OLD);
         mark(&set);
-        clock.advance(IDLE * 2);
-        assert!(
-            !finds_room(&set, 1),
-            "from this look on it counts as idle, and not before"
-        );
-        clock.advance(ALMOST_IDLE);
+        clock.advance(ALMOST_OLD);
         assert!(!finds_room(&set, 1));
         let before = set.status().metrics;
         clock.advance(INSTANT);
@@ -345,31 +341,50 @@ fn a_key_that_failed_and_never_came_back_makes_room_once_nobody_has_asked_for_it
 }
 
 #[test]
-fn whoever_is_asked_for_begins_anew_to_be_idle() {
-    let clock = Clock::manual();
-    let set = forgetful(&clock, 1);
-    end(&set, 0, Outcome::Failure);
-    assert!(!finds_room(&set, 1));
-    clock.advance(ALMOST_IDLE);
-    set.get(&0);
-    clock.advance(INSTANT);
-    assert!(!finds_room(&set, 1), "it was used");
-    clock.advance(ALMOST_IDLE);
-    assert!(!finds_room(&set, 1), "and not found idle before");
-    clock.advance(INSTANT);
-    assert!(finds_room(&set, 1));
+fn the_latest_failure_or_slow_call_is_what_has_to_be_old() {
+    type Again = fn(&ManualClock, &KeyedCircuitBreaker);
+    let again: [(&str, bool, Again); 3] = [
+        ("a failure", true, |_, set| end(set, 0, Outcome::Failure)),
+        ("a slow call", true, |clock, set| {
+            let permit = set.try_acquire(&0).unwrap();
+            clock.advance(INSTANT);
+            permit.settle(Outcome::Success);
+        }),
+        ("a success", false, |_, set| end(set, 0, Outcome::Success)),
+    ];
+    for (what, counts, again) in again {
+        let clock = Clock::manual();
+        let config = CircuitBreakerConfig::default()
+            .failure_rate(0.9)
+            .slow_calls(0.9, INSTANT)
+            .window(Window::calls(100));
+        let set = forgetful(&clock, 1, config);
+        end(&set, 0, Outcome::Failure);
+        clock.advance(ALMOST_OLD);
+        again(&clock, &set);
+        clock.advance(INSTANT);
+        assert_eq!(finds_room(&set, 1), !counts, "{what}");
+        if counts {
+            clock.advance(ALMOST_OLD);
+            assert!(finds_room(&set, 1), "{what}");
+        }
+    }
 }
 
 #[test]
-fn however_long_it_is_idle_what_still_refuses_or_is_in_use_is_kept() {
+fn however_old_its_failures_are_a_breaker_that_still_refuses_or_is_in_use_is_kept() {
     type Mark = fn(&KeyedCircuitBreaker) -> Option<Box<dyn std::any::Any>>;
-    let marks: [(&str, Mark); 6] = [
+    let marks: [(&str, Mark); 7] = [
         ("forced open", |set| {
             set.get(&0).force_open();
             None
         }),
         ("forced closed", |set| {
             set.get(&0).force_closed();
+            None
+        }),
+        ("disabled", |set| {
+            set.get(&0).disable();
             None
         }),
         ("a config of its own", |set| {
@@ -385,7 +400,7 @@ fn however_long_it_is_idle_what_still_refuses_or_is_in_use_is_kept() {
             Some(Box::new(set.try_acquire(&0).unwrap()))
         }),
         ("an open time that is not over", |set| {
-            set.get(&0).reconfigure(config().recovery_timeout(IDLE * 100)).unwrap();
+            set.get(&0).reconfigure(config().recovery_timeout(OLD * 100)).unwrap();
             trip(set, 0);
             set.get(&0).reconfigure(config()).unwrap();
             None
@@ -393,41 +408,79 @@ fn however_long_it_is_idle_what_still_refuses_or_is_in_use_is_kept() {
     ];
     for (what, mark) in marks {
         let clock = Clock::manual();
-        let set = forgetful(&clock, 1);
+        let set = forgetful(&clock, 1, config());
         let held = mark(&set);
         for new in 1..20 {
             assert!(!finds_room(&set, new), "{what}");
-            clock.advance(IDLE);
+            clock.advance(OLD);
         }
         drop(held);
     }
 }
 
 #[test]
-fn who_is_as_good_as_new_goes_before_who_is_idle() {
+fn dead_hosts_go_and_those_that_are_called_keep_their_breakers() {
     let clock = Clock::manual();
-    let set = forgetful(&clock, 3);
-    end(&set, 0, Outcome::Failure);
-    end(&set, 1, Outcome::Failure);
-    let held = set.get(&2);
-    assert!(!finds_room(&set, 3));
-    clock.advance(IDLE);
-    drop(held);
-    end(&set, 2, Outcome::Success);
-    assert!(finds_room(&set, 3), "in the place of 2, though it was used last");
-    assert_eq!([0, 1].map(|key| set.get(&key).status().failure_count), [1, 1]);
+    let set = forgetful(&clock, 16, config());
+    for dead in 0..16 {
+        end(&set, dead, Outcome::Failure);
+    }
+    assert!(!finds_room(&set, 100), "from this look on they count as unused");
+    clock.advance(OLD);
+    for _ in 0..100 {
+        for live in 200..210 {
+            end(&set, live, Outcome::Success);
+        }
+    }
+    assert_eq!((set.status().evicted, set.status().tracked), (10, 16));
+    end(&set, 300, Outcome::Success);
+    assert_eq!(
+        set.status().evicted,
+        11,
+        "a dead one, though the others are as good as new"
+    );
+    for live in 200..210 {
+        assert_eq!(set.get(&live).status().metrics.successful_requests, 100);
+    }
 }
 
 #[test]
-fn by_default_a_key_is_idle_after_an_hour() {
+fn by_default_a_failure_is_old_after_an_hour() {
     let clock = Clock::manual();
     let set = keyed(&clock, 1);
+    assert_eq!(set.forget_after(), Duration::from_secs(3_600));
     trip(&set, 0);
-    assert!(!finds_room(&set, 1));
     clock.advance(Duration::from_secs(3_599));
     assert!(!finds_room(&set, 1));
     clock.advance(Duration::from_secs(1));
     assert!(finds_room(&set, 1));
+}
+
+#[test]
+fn listeners_hear_that_an_open_circuit_is_forgotten() {
+    let clock = Clock::manual();
+    let set = forgetful(&clock, 1, config());
+    trip(&set, 0);
+    clock.advance(OLD);
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    set.on_event({
+        let (seen, set) = (seen.clone(), set.clone());
+        move |event| {
+            let moved = match event.kind {
+                EventKind::Transition { from, to, .. } => Some((from, to)),
+                _ => None,
+            };
+            seen.lock().unwrap().push((moved, set.status().tracked));
+        }
+    });
+    set.get(&1);
+    let moved = Some((State::Open, State::HalfOpen));
+    assert_eq!(
+        *seen.lock().unwrap(),
+        [(moved, 1), (None, 1)],
+        "then the reset, outside every lock"
+    );
+    assert_eq!(set.status().metrics.state_transitions.open_to_half_open, 1);
 }
 
 #[test]

@@ -30,7 +30,7 @@ use std::{
 /// How many keys a new one looks at for one to evict, at most.
 const LOOKS: usize = 16;
 
-const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(3_600);
+const DEFAULT_FORGET_AFTER: Duration = Duration::from_secs(3_600);
 
 /// A circuit breaker for each key: an upstream host, a tenant, a shop.
 ///
@@ -53,15 +53,19 @@ const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(3_600);
 ///
 /// # When the set is full
 ///
-/// At most [`max_keys`](KeyedCircuitBreakerBuilder::max_keys) breakers are kept. A new key then takes the place of one whose
-/// breaker is as good as new: closed by itself, without a failure or a slow call in what it remembers, with the config of the
-/// set, its handle and permits in nobody's hands. A new key looks at up to 16 of them, the longest unused first. If none of
-/// these can go, it takes the place of one that nobody has asked for since a look found it unused
-/// [`idle_timeout`](KeyedCircuitBreakerBuilder::idle_timeout) ago, an hour by default: a host that failed and never came back, say.
-/// What that one has seen is forgotten, also that its circuit was open; but it stays as long as an open time runs, an override
-/// or a config of its own is set, or somebody holds it. If there is none of those either, the key's calls share one *overflow*
-/// breaker, and the next call looks at the next 16. So who makes breakers fail under keys of his own choice makes others share the
-/// overflow for an hour: see the [README](crate#under-attack).
+/// At most [`max_keys`](KeyedCircuitBreakerBuilder::max_keys) breakers are kept. A new key then takes the place of one that may go:
+///
+/// - its breaker is as good as new: closed, without a failure or a slow call in what it remembers;
+/// - or all of that is old: the latest was recorded [`forget_after`](KeyedCircuitBreakerBuilder::forget_after) ago, an hour by
+///   default, and no open time runs. A host that failed and is gone, say. Listeners hear of an open circuit that is forgotten
+///   as if it were [`reset`](CircuitBreaker::reset).
+///
+/// One stays in any case that is overridden, has another config than the set, or is in somebody's hands, as a handle or a permit. A
+/// new key looks at up to 16, in turn; of these one that was not used since the last look goes first. If none of them may go, the
+/// key's calls share one *overflow* breaker, and the next call looks at the next 16.
+///
+/// So who makes calls fail under keys of his own choice makes other new keys share a breaker, for an hour and as long as he goes on:
+/// strangers should not choose the keys. See the [README](crate#under-attack).
 ///
 /// # Cost
 ///
@@ -78,7 +82,7 @@ struct Set {
     config: CircuitBreakerConfig,
     settings: Settings,
     max_keys: usize,
-    idle_timeout: Duration,
+    forget_after: Duration,
     seed: Seed,
     hub: Arc<Hub>,
     shards: Shards<Entry>,
@@ -92,8 +96,6 @@ struct Entry {
     breaker: CircuitBreaker,
     /// Since a new key last looked here.
     used: AtomicBool,
-    /// When a look last found that it was used: it was not since.
-    idle_since: Timestamp,
 }
 
 /// What has to be seen and changed together.
@@ -139,7 +141,7 @@ pub struct KeyedCircuitBreakerBuilder {
     clock: Clock,
     config: CircuitBreakerConfig,
     max_keys: usize,
-    idle_timeout: Duration,
+    forget_after: Duration,
 }
 
 impl KeyedCircuitBreakerBuilder {
@@ -155,10 +157,24 @@ impl KeyedCircuitBreakerBuilder {
         self
     }
 
-    /// After how long without anybody asking for a key its breaker may be forgotten, failures and all, if a new key finds no
-    /// room otherwise; 1 ns to 100 years. Default: one hour. See [full sets](KeyedCircuitBreaker#when-the-set-is-full).
-    pub fn idle_timeout(mut self, timeout: Duration) -> Self {
-        self.idle_timeout = timeout;
+    /// How old the latest failure or slow call of a key must be before the key may make room for a new one in a full set, 1 ns to
+    /// 100 years. Default: one hour. See [full sets](KeyedCircuitBreaker#when-the-set-is-full).
+    ///
+    /// ```
+    /// # use portcullis::{Clock, KeyedCircuitBreaker, Outcome};
+    /// # use std::time::Duration;
+    /// # let clock = Clock::manual();
+    /// let pods = KeyedCircuitBreaker::builder("pods").max_keys(1).forget_after(Duration::from_secs(600)).clock(&clock).build()?;
+    /// pods.try_acquire("10.0.0.7")?.settle(Outcome::Failure); // and then it is gone
+    /// pods.try_acquire("10.0.0.8")?.settle(Outcome::Success);
+    /// assert_eq!((pods.status().overflowed, pods.status().evicted), (1, 0));
+    /// clock.advance(Duration::from_secs(600));
+    /// pods.try_acquire("10.0.0.8")?.settle(Outcome::Success);
+    /// assert_eq!((pods.status().overflowed, pods.status().evicted), (1, 1));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn forget_after(mut self, age: Duration) -> Self {
+        self.forget_after = age;
         self
     }
 
@@ -177,7 +193,7 @@ impl KeyedCircuitBreakerBuilder {
         let name = Name::new("name", &self.name)?;
         let settings = self.config.validate()?;
         let max_keys = within("max_keys", self.max_keys, &(1..=1 << 20))?;
-        let idle_timeout = duration("idle_timeout", self.idle_timeout)?;
+        let forget_after = duration("forget_after", self.forget_after)?;
         let hub = Arc::<Hub>::default();
         let (named, clock) = (name.clone(), self.clock.clone());
         let (config, checked, shared_hub) = (self.config.clone(), settings.clone(), hub.clone());
@@ -189,7 +205,7 @@ impl KeyedCircuitBreakerBuilder {
                 config: self.config,
                 settings,
                 max_keys,
-                idle_timeout,
+                forget_after,
                 seed: Seed::default(),
                 hub,
                 shards: Shards::default(),
@@ -217,9 +233,11 @@ impl Set {
                 home,
             )
         };
-        CircuitBreaker {
+        let breaker = CircuitBreaker {
             shared: Striped::standing(core),
-        }
+        };
+        breaker.shared.machine().date_blame();
+        breaker
     }
 
     fn find(&self, fingerprint: u64) -> Option<CircuitBreaker> {
@@ -245,90 +263,66 @@ impl Set {
             books.ring.push(fingerprint);
             None
         } else {
-            let Some((place, entry)) = self.evict(&mut books, now) else {
+            let Some((place, evicted)) = self.evict(&mut books, now) else {
                 books.overflowed += 1;
                 return self.overflow.clone();
             };
             books.ring[place] = fingerprint;
-            Some(entry)
+            // Dropped outside all locks.
+            Some(evicted)
         };
         let breaker = self.new_breaker();
         let entry = Entry {
             breaker: breaker.clone(),
             used: AtomicBool::new(true),
-            idle_since: now,
         };
         self.shards.write(fingerprint).insert(fingerprint, entry);
         drop(books);
-        drop(evicted);
+        if let Some(evicted) = evicted
+            && evicted.state() != State::Closed
+        {
+            // For the listeners, who hold it to be open. Its counters are among those of the retired already.
+            evicted.reset();
+        }
         breaker
     }
 
-    /// Takes out one that is as good as new: of the next few one that was not used since the last look, or else any. If there is none,
-    /// one that has been idle for long enough.
-    fn evict(&self, books: &mut Books, now: Timestamp) -> Option<(usize, Entry)> {
+    /// Takes out one that may go: of the next few one that was not used since the last look, or else any.
+    fn evict(&self, books: &mut Books, now: Timestamp) -> Option<(usize, CircuitBreaker)> {
         let keys = books.ring.len();
         let looks = LOOKS.min(keys);
         let first = books.hand;
-        let mut idle = None;
         for look in 0..2 * looks {
             let place = (first + look % looks) % keys;
             books.hand = (place + 1) % keys;
-            let used_may_go = look >= looks;
-            let evicted = self.take_out(books, place, now, |entry| {
-                let used = std::mem::take(entry.used.get_mut());
-                if used {
-                    entry.idle_since = now;
-                } else if idle.is_none() && self.is_idle(entry, now) {
-                    idle = Some(place);
-                }
-                (used_may_go || !used) && self.is_as_new(&mut entry.breaker, now)
-            });
-            if let Some(entry) = evicted {
-                return Some((place, entry));
+            let fingerprint = books.ring[place];
+            let mut shard = self.shards.write(fingerprint);
+            let Some(entry) = shard.get_mut(&fingerprint) else {
+                unreachable!("the ring and the shards hold the same keys")
+            };
+            let used = std::mem::take(entry.used.get_mut());
+            if used && look < looks || !self.may_go(&mut entry.breaker, now) {
+                continue;
+            }
+            if let Some(Entry { breaker, .. }) = shard.remove(&fingerprint) {
+                drop(shard);
+                let transitions = breaker.shared.caught_up().view(now).transitions;
+                books.retired.add(&breaker, transitions);
+                books.evicted += 1;
+                return Some((place, breaker));
             }
         }
-        let place = idle?;
-        let evicted = self.take_out(books, place, now, |entry| self.is_idle(entry, now))?;
-        Some((place, evicted))
+        None
     }
 
-    /// Takes out the key at this place of the ring, if it may go.
-    fn take_out(
-        &self,
-        books: &mut Books,
-        place: usize,
-        now: Timestamp,
-        may_go: impl FnOnce(&mut Entry) -> bool,
-    ) -> Option<Entry> {
-        let fingerprint = books.ring[place];
-        let mut shard = self.shards.write(fingerprint);
-        let Some(entry) = shard.get_mut(&fingerprint) else {
-            unreachable!("the ring and the shards hold the same keys")
-        };
-        if !may_go(entry) {
-            return None;
+    /// Whether a breaker is in nobody's hands and has nothing to remember, or nothing but what is old. The caller holds the shard for
+    /// writing: who finds no other handle now finds none until it is done.
+    fn may_go(&self, breaker: &mut CircuitBreaker, now: Timestamp) -> bool {
+        if !breaker.shared.is_sole() || *breaker.shared.config() != self.config {
+            return false;
         }
-        let entry = shard.remove(&fingerprint)?;
-        drop(shard);
-        let transitions = entry.breaker.shared.caught_up().view(now).transitions;
-        books.retired.add(&entry.breaker, transitions);
-        books.evicted += 1;
-        Some(entry)
-    }
-
-    /// Whether nobody has asked for it for so long that what it has seen may be forgotten. The caller holds the shard for writing.
-    fn is_idle(&self, entry: &mut Entry, now: Timestamp) -> bool {
-        !*entry.used.get_mut()
-            && now.duration_since(entry.idle_since) >= self.idle_timeout
-            && entry.breaker.shared.is_sole()
-            && entry.breaker.shared.caught_up().may_be_forgotten(now)
-            && *entry.breaker.shared.config() == self.config
-    }
-
-    /// The caller holds the shard for writing: who finds no other handle now finds none until it is done.
-    fn is_as_new(&self, breaker: &mut CircuitBreaker, now: Timestamp) -> bool {
-        breaker.shared.is_sole() && breaker.shared.caught_up().is_as_new(now) && *breaker.shared.config() == self.config
+        let machine = breaker.shared.caught_up();
+        machine.is_as_new(now) || machine.is_outdated(self.forget_after, now)
     }
 }
 
@@ -340,7 +334,7 @@ impl KeyedCircuitBreaker {
             clock: Clock::system(),
             config: CircuitBreakerConfig::default(),
             max_keys: 1_000,
-            idle_timeout: DEFAULT_IDLE_TIMEOUT,
+            forget_after: DEFAULT_FORGET_AFTER,
         }
     }
 
@@ -419,10 +413,10 @@ impl KeyedCircuitBreaker {
         self.set.max_keys
     }
 
-    /// After how long a key that nobody asks for may be forgotten.
+    /// How old the latest failure of a key must be before the key may make room.
     #[must_use]
-    pub fn idle_timeout(&self) -> Duration {
-        self.set.idle_timeout
+    pub fn forget_after(&self) -> Duration {
+        self.set.forget_after
     }
 
     /// Whether the other set means the same: its config, in whatever spelling, and how many keys.
@@ -538,7 +532,7 @@ pub struct KeyedCircuitBreakerStatus {
     pub open: usize,
     /// Keys whose circuit is half-open.
     pub half_open: usize,
-    /// Keys whose breaker was as good as new, or that nobody asked for any more, and that made room for another.
+    /// Keys whose breaker was as good as new, or its failures old, and that made room for another.
     pub evicted: u64,
     /// How often a breaker was asked for and was the overflow breaker.
     pub overflowed: u64,

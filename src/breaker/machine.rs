@@ -94,6 +94,8 @@ pub(crate) struct Machine {
     /// When the generation's state began.
     since: Timestamp,
     consecutive: u32,
+    /// When a failure or a slow call was last recorded in a closed circuit, if anybody wants to know: it takes a look at the clock.
+    blamed: Option<Timestamp>,
     /// How many of this generation's counted successes are recorded, and the time for which those that follow are counted.
     caught_up: u64,
     tenth: Timestamp,
@@ -119,6 +121,7 @@ impl Machine {
             generation: 1,
             since: now,
             consecutive: 0,
+            blamed: None,
             caught_up: 0,
             tenth: now,
             times: new_times(&settings),
@@ -217,10 +220,20 @@ impl Machine {
             && self.probes.iter().all(|lease| lease.end <= now)
     }
 
-    /// Whether nobody has set it by hand, it refuses nobody, and no probe is under way.
-    pub(super) fn may_be_forgotten(&self, now: Timestamp) -> bool {
+    /// From now on it is kept when a failure or a slow call was last recorded, for [`is_outdated`](Self::is_outdated).
+    pub(super) fn date_blame(&mut self) {
+        self.blamed = Some(self.since);
+    }
+
+    /// Whether what it has seen happened so long ago, and it refuses nobody, by itself or by hand, and has no probe under way.
+    pub(super) fn is_outdated(&self, age: Duration, now: Timestamp) -> bool {
         let refuses = matches!(self.mode, Mode::Open { until } if now < until);
-        self.forced.is_none() && !refuses && self.probes.iter().all(|lease| lease.end <= now)
+        // A trip begins a state.
+        let latest = self.blamed.map(|blamed| blamed.max(self.since));
+        self.forced.is_none()
+            && !refuses
+            && self.probes.iter().all(|lease| lease.end <= now)
+            && latest.is_some_and(|latest| now.duration_since(latest) >= age)
     }
 
     /// Until when every acquire is refused for one reason, if that is so: the end of the open time, or of the first lease of a
@@ -362,6 +375,11 @@ impl Machine {
             self.consecutive = self.consecutive.saturating_add(1);
         } else if ended.verdict.outcome == Outcome::Success {
             self.consecutive = 0;
+        }
+        if let Some(blamed) = &mut self.blamed
+            && (failed || ended.slow)
+        {
+            *blamed = now.get().max(*blamed);
         }
         if let Some(times) = &mut self.times
             && failed

@@ -439,7 +439,7 @@ impl Core {
             hub,
             waiters: Waiters::default(),
         };
-        core.step(core.clock.now(), |_| ((), None));
+        core.step(&Now::At(core.clock.now()), |_| ((), None));
         core
     }
 
@@ -453,8 +453,8 @@ impl Core {
     }
 
     /// Runs a step of the machine, and tells those who wait and the listeners outside the lock.
-    fn step<T>(&self, now: Timestamp, step: impl FnOnce(&mut Machine) -> (T, Option<Transition>)) -> T {
-        let (done, moved) = step_at(self.home.place(), self.constant, &Now::At(now), step);
+    fn step<T>(&self, now: &Now<'_>, step: impl FnOnce(&mut Machine) -> (T, Option<Transition>)) -> T {
+        let (done, moved) = step_at(self.home.place(), self.constant, now, step);
         if let Some(moved) = moved {
             self.tell(&moved);
         }
@@ -558,7 +558,7 @@ impl CircuitBreaker {
         let now = reading.at(&core.clock);
         let (answer, word) = match self.refused_by_word(word, now) {
             Some(refusal) => (Err(refusal), word),
-            None => core.step(now, |machine| {
+            None => core.step(&Now::At(now), |machine| {
                 let answer = machine.acquire(now);
                 // The word is published after this step; what a permit needs of it does not wait for that.
                 let timed = if machine.settings().slow_calls.is_some() {
@@ -890,12 +890,13 @@ impl CircuitBreaker {
 
     fn intervene(&self, change: impl FnOnce(&mut Machine, Timestamp), event: impl FnOnce(u64) -> EventKind) {
         let core: &Core = &self.shared;
-        let now = core.clock.now();
-        let generation = core.step(now, |machine| {
-            change(machine, now);
+        // Read under the machine's lock: a status that shows a due move, and so counts it, is not later than this.
+        let (reading, clock) = (Reading::new(), &core.clock);
+        let generation = core.step(&Now::Asked(&reading, clock), |machine| {
+            change(machine, reading.at(clock));
             (machine.generation(), None)
         });
-        core.emit(now, event(generation));
+        core.emit(reading.at(clock), event(generation));
     }
 
     /// Takes another config and keeps what means the same under it: the state, the latest calls of the window, the counters.

@@ -171,7 +171,7 @@ impl Parts {
         let (share, lease) = (share(self.word, self.standing), self.lease);
         if let (Some(share), Some(lease)) = (share, lease) {
             let core = share.state();
-            core.step(now.at(&core.clock), |machine| (machine.release(*lease), None));
+            core.step(&Now::Asked(now, &core.clock), |machine| (machine.release(*lease), None));
         }
     }
 }
@@ -283,7 +283,7 @@ fn end_and_tell(seat: Sitting, now: &Reading) {
     let another = Share::<Core>::Sitting(seat.another());
     Share::<Core>::Sitting(seat).count_and_end(counter::SUCCESS);
     let core = another.state();
-    core.step(now.at(&core.clock), |_| ((), None));
+    core.step(&Now::Asked(now, &core.clock), |_| ((), None));
 }
 
 impl Permit for CircuitBreakerPermit {
