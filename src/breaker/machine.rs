@@ -225,15 +225,13 @@ impl Machine {
         self.blamed = Some(self.since);
     }
 
-    /// Whether what it has seen happened so long ago, and it refuses nobody, by itself or by hand, and has no probe under way.
+    /// Whether what it has seen happened so long ago, and it refuses nobody, by itself or by hand. Asked of one that nobody has a permit
+    /// of.
     pub(super) fn is_outdated(&self, age: Duration, now: Timestamp) -> bool {
         let refuses = matches!(self.mode, Mode::Open { until } if now < until);
         // A trip begins a state.
         let latest = self.blamed.map(|blamed| blamed.max(self.since));
-        self.forced.is_none()
-            && !refuses
-            && self.probes.iter().all(|lease| lease.end <= now)
-            && latest.is_some_and(|latest| now.duration_since(latest) >= age)
+        self.forced.is_none() && !refuses && latest.is_some_and(|latest| now.duration_since(latest) >= age)
     }
 
     /// Until when every acquire is refused for one reason, if that is so: the end of the open time, or of the first lease of a

@@ -5,6 +5,7 @@
 
 mod breaker;
 mod keyed;
+mod keyed_breaker;
 mod limiters;
 mod rules;
 mod services;

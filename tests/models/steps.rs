@@ -24,13 +24,14 @@ const CASES: u32 = 50;
 pub(crate) struct Share(u64);
 
 impl Share {
-    pub(crate) const BREAKER: Self = Self(40);
+    pub(crate) const BREAKER: Self = Self(35);
+    pub(crate) const KEYED_BREAKER: Self = Self(5);
     pub(crate) const LIMITER: Self = Self(15);
     pub(crate) const KEYED_LIMITER: Self = Self(5);
 }
 
 const _: () = assert!(
-    Share::BREAKER.0 + 3 * (Share::LIMITER.0 + Share::KEYED_LIMITER.0) == 100,
+    Share::BREAKER.0 + Share::KEYED_BREAKER.0 + 3 * (Share::LIMITER.0 + Share::KEYED_LIMITER.0) == 100,
     "the shares of all models are the whole"
 );
 
