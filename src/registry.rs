@@ -250,6 +250,9 @@ impl Registry {
 
     /// The breakers of that service, one for each of up to `max_keys` keys, made now if there are none.
     ///
+    /// A set with a [`forget_after`](crate::KeyedCircuitBreakerBuilder::forget_after) of its own is built and taken in by
+    /// [`register`](Self::register); then it is the one that is found here.
+    ///
     /// ```
     /// # use portcullis::{CircuitBreakerConfig, Registry};
     /// let registry = Registry::new();

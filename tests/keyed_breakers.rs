@@ -719,6 +719,17 @@ fn a_registry_makes_a_set_once_and_knows_it_by_its_name() {
 }
 
 #[test]
+fn a_set_that_was_registered_is_found_whenever_it_forgets() {
+    let clock = Clock::manual();
+    let registry = Registry::with_clock(&clock);
+    let made = forgetful(&clock, 10, config());
+    registry.register(&made).unwrap();
+    let found = registry.keyed_circuit_breaker("shops", config(), 10).unwrap();
+    trip(&made, 1);
+    assert_eq!((found.status().open, found.forget_after()), (1, OLD));
+}
+
+#[test]
 fn another_config_or_size_of_a_set_is_an_error_that_shows_both() {
     let registry = Registry::with_clock(Clock::manual());
     let made = registry.keyed_circuit_breaker("shops", config(), 10).unwrap();

@@ -503,6 +503,7 @@ impl fmt::Debug for KeyedCircuitBreaker {
         f.debug_struct("KeyedCircuitBreaker")
             .field("name", self.name())
             .field("max_keys", &self.set.max_keys)
+            .field("forget_after", &self.set.forget_after)
             .finish_non_exhaustive()
     }
 }
