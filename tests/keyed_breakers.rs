@@ -613,6 +613,18 @@ fn a_listener_may_use_the_set_it_listens_to() {
 }
 
 #[test]
+fn a_fingerprint_finds_the_breaker_of_its_key_and_makes_none() {
+    let clock = Clock::manual();
+    let set = keyed(&clock, 10);
+    trip(&set, 1);
+    let fingerprint = u64::from_str_radix(&set.status().open_keys[0], 16).unwrap();
+    set.get_by_fingerprint(fingerprint).unwrap().reset();
+    assert_eq!(set.get(&1).state(), State::Closed);
+    assert!(set.get_by_fingerprint(fingerprint.wrapping_add(1)).is_none());
+    assert_eq!((set.status().tracked, set.status().overflowed), (1, 0));
+}
+
+#[test]
 fn the_status_names_up_to_ten_open_keys() {
     let clock = Clock::manual();
     let set = keyed(&clock, 50);

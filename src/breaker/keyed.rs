@@ -346,6 +346,24 @@ impl KeyedCircuitBreaker {
         self.breaker(self.fingerprint(key))
     }
 
+    /// The breaker of a key of which only the fingerprint is known, as a status shows it; `None` if no breaker is kept for it.
+    ///
+    /// ```
+    /// # use portcullis::{KeyedCircuitBreaker, State};
+    /// let shops = KeyedCircuitBreaker::builder("shops").build()?;
+    /// shops.get("north").force_open();
+    /// for shown in shops.status().open_keys {
+    ///     let fingerprint = u64::from_str_radix(&shown, 16)?;
+    ///     shops.get_by_fingerprint(fingerprint).unwrap().reset();
+    /// }
+    /// assert_eq!(shops.get("north").state(), State::Closed);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn get_by_fingerprint(&self, fingerprint: u64) -> Option<CircuitBreaker> {
+        self.set.find(fingerprint)
+    }
+
     /// Leave to call the service for this key, or the reason why not.
     ///
     /// # Errors
@@ -373,10 +391,6 @@ impl KeyedCircuitBreaker {
 
     pub(crate) fn breaker(&self, fingerprint: u64) -> CircuitBreaker {
         self.set.find_or_add(fingerprint)
-    }
-
-    pub(crate) fn find(&self, fingerprint: u64) -> Option<CircuitBreaker> {
-        self.set.find(fingerprint)
     }
 
     pub(crate) fn missing_key(&self) -> Rejected {

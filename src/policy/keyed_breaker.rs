@@ -77,7 +77,7 @@ impl<X: Key<Req>, Req> Policy<Req> for Keyed<KeyedCircuitBreaker, X> {
 
     fn refusal(&self, (): &(), request: &Req, now: &Reading) -> Option<Rejected> {
         match self.whose(request) {
-            Whose::Key(fingerprint) => self.set.find(fingerprint)?.peek(now),
+            Whose::Key(fingerprint) => self.set.get_by_fingerprint(fingerprint)?.peek(now),
             Whose::Nobodys => None,
             Whose::Rejected(why) => Some(why),
         }
@@ -86,7 +86,7 @@ impl<X: Key<Req>, Req> Policy<Req> for Keyed<KeyedCircuitBreaker, X> {
     fn refuse(&self, (): &(), request: &Req, now: &Reading) -> Option<Rejected> {
         match self.whose(request) {
             Whose::Key(fingerprint) => {
-                let breaker = self.set.find(fingerprint)?;
+                let breaker = self.set.get_by_fingerprint(fingerprint)?;
                 let why = breaker.peek(now)?;
                 breaker.count(&why, now);
                 Some(why)
