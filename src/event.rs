@@ -84,8 +84,8 @@ pub enum EventKind {
         /// The generation that began with it.
         generation: u64,
     },
-    /// An operator reset the circuit: it is closed, its windows empty. Or a set of breakers forgot the key of an open one, which nobody
-    /// had called for long.
+    /// An operator reset the circuit: it is closed, its windows empty. Or a set of breakers forgot a key whose circuit was open or
+    /// half-open and whose failures were old.
     Reset {
         /// The generation that began with it.
         generation: u64,

@@ -372,6 +372,25 @@ fn the_latest_failure_or_slow_call_is_what_has_to_be_old() {
 }
 
 #[test]
+fn a_probe_that_fails_is_a_newer_failure_and_one_that_is_dropped_is_none() {
+    for (outcome, counts) in [(Some(Outcome::Failure), true), (None, false)] {
+        let clock = Clock::manual();
+        let set = forgetful(&clock, 1, config());
+        trip(&set, 0);
+        clock.advance(OPEN);
+        let probe = set.try_acquire(&0).unwrap();
+        match outcome {
+            Some(outcome) => probe.settle(outcome),
+            None => drop(probe),
+        }
+        clock.advance(OLD.saturating_sub(OPEN));
+        assert_eq!(finds_room(&set, 1), !counts, "{outcome:?}");
+        clock.advance(OPEN);
+        assert!(finds_room(&set, 2), "{outcome:?}");
+    }
+}
+
+#[test]
 fn however_old_its_failures_are_a_breaker_that_still_refuses_or_is_in_use_is_kept() {
     type Mark = fn(&KeyedCircuitBreaker) -> Option<Box<dyn std::any::Any>>;
     let marks: [(&str, Mark); 7] = [

@@ -57,7 +57,7 @@ const DEFAULT_FORGET_AFTER: Duration = Duration::from_secs(3_600);
 ///
 /// - its breaker is as good as new: closed, without a failure or a slow call in what it remembers;
 /// - or all of that is old: the latest was recorded [`forget_after`](KeyedCircuitBreakerBuilder::forget_after) ago, an hour by
-///   default, and no open time runs. A host that failed and is gone, say. Listeners hear of an open circuit that is forgotten
+///   default, and no open time runs. A host that failed and is gone, say. Listeners hear of one that is forgotten open or half-open
 ///   as if it were [`reset`](CircuitBreaker::reset).
 ///
 /// One stays in any case that is overridden, has another config than the set, or is in somebody's hands, as a handle or a permit. A
@@ -281,7 +281,7 @@ impl Set {
         if let Some(evicted) = evicted
             && evicted.state() != State::Closed
         {
-            // For the listeners, who hold it to be open. Its counters are among those of the retired already.
+            // For the listeners, who hold it to be open or half-open. Its counters are among those of the retired already.
             evicted.reset();
         }
         breaker
@@ -427,7 +427,7 @@ impl KeyedCircuitBreaker {
         self.set.max_keys
     }
 
-    /// How old the latest failure of a key must be before the key may make room.
+    /// How old the latest failure or slow call of a key must be before the key may make room.
     #[must_use]
     pub fn forget_after(&self) -> Duration {
         self.set.forget_after

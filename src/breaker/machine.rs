@@ -94,7 +94,7 @@ pub(crate) struct Machine {
     /// When the generation's state began.
     since: Timestamp,
     consecutive: u32,
-    /// When a failure or a slow call was last recorded in a closed circuit, if anybody wants to know: it takes a look at the clock.
+    /// When a failure or a slow call was last recorded, if anybody wants to know: it takes a look at the clock.
     blamed: Option<Timestamp>,
     /// How many of this generation's counted successes are recorded, and the time for which those that follow are counted.
     caught_up: u64,
@@ -229,9 +229,8 @@ impl Machine {
     /// of.
     pub(super) fn is_outdated(&self, age: Duration, now: Timestamp) -> bool {
         let refuses = matches!(self.mode, Mode::Open { until } if now < until);
-        // A trip begins a state.
-        let latest = self.blamed.map(|blamed| blamed.max(self.since));
-        self.forced.is_none() && !refuses && latest.is_some_and(|latest| now.duration_since(latest) >= age)
+        let is_old = |blamed| now.duration_since(blamed) >= age;
+        self.forced.is_none() && !refuses && self.blamed.is_some_and(is_old)
     }
 
     /// Until when every acquire is refused for one reason, if that is so: the end of the open time, or of the first lease of a
@@ -344,6 +343,11 @@ impl Machine {
             Outcome::Ignored if ended.slow => false,
             Outcome::Ignored => return None,
         };
+        if let Some(blamed) = &mut self.blamed
+            && (failed || ended.slow)
+        {
+            *blamed = now.get().max(*blamed);
+        }
         match self.mode {
             Mode::Closed => self.record_closed(failed, ended, now),
             Mode::HalfOpen { .. } if failed || ended.slow => {
@@ -373,11 +377,6 @@ impl Machine {
             self.consecutive = self.consecutive.saturating_add(1);
         } else if ended.verdict.outcome == Outcome::Success {
             self.consecutive = 0;
-        }
-        if let Some(blamed) = &mut self.blamed
-            && (failed || ended.slow)
-        {
-            *blamed = now.get().max(*blamed);
         }
         if let Some(times) = &mut self.times
             && failed

@@ -6,14 +6,11 @@ use crate::{
     steps::{Dice, Kind, Share, Tally, run, steps},
 };
 use portcullis::{
-    CircuitBreaker, CircuitBreakerConfig, CircuitBreakerMetrics, CircuitBreakerPermit, Clock, EventKind,
-    KeyedCircuitBreaker, ManualClock, Outcome, Override, State, Timestamp, Window,
+    CircuitBreaker, CircuitBreakerConfig, CircuitBreakerMetrics, CircuitBreakerPermit, Clock, KeyedCircuitBreaker,
+    ManualClock, Outcome, Override, State, Timestamp, Window,
 };
 use proptest::{prelude::*, test_runner::TestCaseResult};
-use std::{
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::time::Duration;
 
 type Key = u64;
 
@@ -75,9 +72,7 @@ impl Step {
 /// A breaker of its own, to which all is done that is done to one of the set.
 struct Twin {
     breaker: CircuitBreaker,
-    /// When what it is now began, as its listeners hear it.
-    since: Arc<Mutex<Timestamp>>,
-    /// When it last recorded a failure while it was closed.
+    /// When it last recorded a failure.
     blamed: Timestamp,
     has_own_config: bool,
     /// Handles and permits.
@@ -169,18 +164,8 @@ impl<'a> Pair<'a> {
     fn new_twin(&mut self) -> usize {
         let builder = CircuitBreaker::builder("shops").config(self.config.clone());
         let breaker = builder.clock(&self.clock).build().expect("valid");
-        let since = Arc::new(Mutex::new(self.clock.now()));
-        breaker.on_event({
-            let since = since.clone();
-            move |event| {
-                if !matches!(event.kind, EventKind::Reconfigured { .. } | EventKind::Rejected(_)) {
-                    *since.lock().expect("no panic") = event.at;
-                }
-            }
-        });
         self.twins.push(Twin {
             breaker,
-            since,
             blamed: self.clock.now(),
             has_own_config: false,
             holders: 0,
@@ -196,10 +181,9 @@ impl<'a> Pair<'a> {
 
     fn is_outdated(&self, twin: &Twin) -> bool {
         let status = twin.breaker.status();
-        let latest = twin.blamed.max(*twin.since.lock().expect("no panic"));
         status.forced.is_none()
             && status.state != State::Open
-            && self.clock.now().duration_since(latest) >= self.forget_after
+            && self.clock.now().duration_since(twin.blamed) >= self.forget_after
     }
 
     /// Whose place a new key gets, if it gets one.
@@ -299,7 +283,7 @@ impl<'a> Pair<'a> {
             } => {
                 let status = twin.breaker.status();
                 let is_heard = holds && status.forced != Some(Override::Disabled) && status.generation == generation;
-                if outcome == Some(Outcome::Failure) && is_heard && status.state == State::Closed {
+                if outcome == Some(Outcome::Failure) && is_heard {
                     twin.blamed = self.clock.now();
                 }
                 twin.holders -= usize::from(holds);
